@@ -1,0 +1,1 @@
+"""Records, log, registry, lineage, influence and credit."""

@@ -1,0 +1,175 @@
+"""Ray shells: one log writer without torch, and a pool of scorers, so that a gradient never delays an acknowledgement.
+
+The writer and each scorer are processes of their own. Both outlive the program that starts them and come back after a
+crash; the log itself is safe under either (see trail.py).
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from attribution.bodies import AdapterLoadedBody, Body
+from attribution.influence.who import ExplainSettings, explain
+from attribution.receipts import ReceiptRow, append_once
+from attribution.records import Artefact
+from attribution.trail import Trail
+
+if TYPE_CHECKING:
+    from configs.schema import AttributionSettings
+
+NAMESPACE = "trailmark"
+LOG_WRITER_NAME = "trailmark-log-writer"
+SCORER_NAME = "trailmark-scorer-{}"
+WRITER_CPUS = 0.1
+SCORER_CPUS = 0.5
+"""Logical CPUs. Small, because declared CPUs admit work and do not measure it: scorers wait most of the time."""
+START_TIMEOUT_S = 300.0
+"""A worker process imports Ray and transformers in 3 s alone and in minutes on a machine that is busy."""
+NUM_CACHED_ANSWERS = 256
+
+
+class LogWriter:
+    """Appends records for everyone else; torch-free, so that it starts fast and stays small."""
+
+    def __init__(self, home: str) -> None:
+        self._trail = Trail.open(Path(home))
+        self._loads: dict[tuple[str, str], str] = {}
+        self._num_read = 0
+
+    def ready(self) -> bool:
+        """Answer once the log is open."""
+        return True
+
+    def append_completions(self, rows: Sequence[ReceiptRow], replica: str) -> str:
+        """Record a batch of receipts of one replica and return its leaf hash; durable when this returns.
+
+        Rows the log has are left out, so that appending again after a lost reply is safe: calls run one at a time.
+        Raises ReceiptError or RecordError for rows that the log can never take.
+        """
+        return append_once(self._trail, rows, replica=replica)
+
+    def adapter_loaded(self, replica: str, adapter: str, base: str) -> str:
+        """Record, once for each replica and adapter, that the one serves the other; return the leaf hash."""
+        for entry in self._trail.entries(start=self._num_read, kind="adapter_loaded"):
+            self._num_read = entry.index + 1
+            if entry.record is not None and isinstance(entry.record.body, AdapterLoadedBody):
+                known = entry.record.body
+                self._loads.setdefault((known.replica, known.adapter), entry.leaf_hash)
+        if (replica, adapter) in self._loads:
+            return self._loads[replica, adapter]
+        body = AdapterLoadedBody(replica=replica, adapter=adapter, base=base)
+        return self.append(
+            "adapter_loaded",
+            body,
+            inputs=(Artefact("adapter", "adapter", adapter), Artefact("base_model", "base", base)),
+        )
+
+    def append(self, kind: str, body: Body, **fields: Any) -> str:
+        """Record anything; `fields` are those of `Trail.record`. Returns the leaf hash."""
+        return self._trail.record(kind, body, **fields).leaf_hash
+
+    def loaded_modules(self) -> list[str]:
+        """Return the names of the packages this process has imported, for whoever checks that torch is none."""
+        import sys
+
+        return sorted({name.partition(".")[0] for name in sys.modules})
+
+
+class Scorer:
+    """Explains receipts; keeps the base model and its last answers in memory. One request at a time."""
+
+    def __init__(self, home: str, settings: ExplainSettings, num_threads: int) -> None:
+        import torch
+
+        from attribution.influence.query import AdapterModels
+
+        torch.set_num_threads(num_threads)
+        self._trail = Trail.open(Path(home))
+        self._settings = settings
+        self._models = AdapterModels()
+        self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    def ready(self) -> bool:
+        """Answer once the scorer is up; the base model is read when the first receipt is explained."""
+        return True
+
+    def explain(self, receipt_id: str) -> dict[str, Any]:
+        """Return `Attribution.to_dict()` of a receipt and record it. Raises UserError."""
+        if receipt_id not in self._answers:
+            found = explain(self._trail, receipt_id, self._settings, models=self._models, record=True)
+            self._answers[receipt_id] = found.to_dict()
+        self._answers.move_to_end(receipt_id)
+        while len(self._answers) > NUM_CACHED_ANSWERS:
+            self._answers.popitem(last=False)
+        return self._answers[receipt_id]
+
+
+def start(home: Path | str, settings: "AttributionSettings") -> None:
+    """Start the log writer and the scorers on the connected cluster unless they run; return when they answer."""
+    options = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "max_restarts": -1}
+    # A task that was cut off is not tried again by Ray: the caller knows whether appending twice would hurt.
+    writer = ray.remote(LogWriter).options(name=LOG_WRITER_NAME, num_cpus=WRITER_CPUS, max_task_retries=0, **options)
+    scorer = ray.remote(Scorer)
+    actors = [writer.remote(str(home))]
+    for index in range(settings.num_scorers):
+        named = scorer.options(name=SCORER_NAME.format(index), num_cpus=SCORER_CPUS, max_task_retries=0, **options)
+        actors.append(named.remote(str(home), ExplainSettings.of(settings), settings.threads_per_scorer))
+    ray.get([actor.ready.remote() for actor in actors], timeout=START_TIMEOUT_S)
+
+
+def stop() -> None:
+    """End the log writer and the scorers of the connected cluster; what they acknowledged is durable.
+
+    Returns when their names are free: a `start` right after must not be handed an actor that is dying.
+
+    Raises:
+        ValueError: no log writer runs.
+        TimeoutError: the names were not freed in `START_TIMEOUT_S` seconds.
+    """
+    for actor in [log_writer(), *scorers()]:
+        ray.kill(actor, no_restart=True)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while _is_named(LOG_WRITER_NAME) or scorers():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the log writer and the scorers were not gone after {START_TIMEOUT_S:.0f} s")
+        time.sleep(0.05)
+
+
+def log_writer() -> Any:
+    """Return the handle of the log writer. ValueError when none runs."""
+    return ray.get_actor(LOG_WRITER_NAME, namespace=NAMESPACE)
+
+
+def _is_named(name: str) -> bool:
+    try:
+        ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+def scorers() -> list[Any]:
+    """Return the handles of the scorers that run, in order of their number."""
+    found: list[Any] = []
+    while True:
+        try:
+            found.append(ray.get_actor(SCORER_NAME.format(len(found)), namespace=NAMESPACE))
+        except ValueError:
+            return found
+
+
+def explain_remotely(receipt_id: str) -> dict[str, Any]:
+    """Return a receipt's attribution from the connected cluster's first scorer. Raises UserError as `explain` does."""
+    found = scorers()
+    if not found:
+        raise ray.exceptions.RayActorError(error_msg="no scorer runs in this cluster")
+    try:
+        answer: dict[str, Any] = ray.get(found[0].explain.remote(receipt_id))
+    except ray.exceptions.RayTaskError as error:
+        # Ray's text is the remote traceback; the cause is the message meant for people.
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    return answer

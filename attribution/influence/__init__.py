@@ -1,0 +1,1 @@
+"""Which training example moved a completion, and how sure we are."""

@@ -1,0 +1,141 @@
+"""What the model says about one completion: gradients at every checkpoint, and the adapter's gain over the base."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from attribution.influence.encode import IGNORED_LABEL
+from attribution.influence.gradients import (
+    Encoded,
+    GradientFeatures,
+    target_log_likelihoods,
+)
+from attribution.influence.store import Trace, TraceError
+
+if TYPE_CHECKING:
+    from attribution.store import Store
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was asked and answered, as token ids."""
+
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+
+    @property
+    def encoded(self) -> Encoded:
+        ignored = [IGNORED_LABEL] * len(self.prompt_token_ids)
+        return [*self.prompt_token_ids, *self.output_token_ids], [*ignored, *self.output_token_ids]
+
+
+class AdapterModels:
+    """One base model in memory with one adapter on it, in float32 and evaluation mode; both are swapped on demand.
+
+    Not safe for use by several threads: an actor or a command owns one.
+    """
+
+    def __init__(self) -> None:
+        self._base_path: Path | None = None
+        self._adapter_path: Path | None = None
+        self._model: Any = None
+        self._features: tuple[tuple[int, int], GradientFeatures] | None = None
+        self._verified: set[Path] = set()
+
+    def folder(self, store: "Store", digest: str) -> Path:
+        """Return a stored folder, its files verified the first time it is asked for: a base takes seconds to hash."""
+        path = store.get_directory(digest, verify=False)
+        if path not in self._verified:
+            store.get_directory(digest)
+            self._verified.add(path)
+        return path
+
+    def gains(self, completion: Completion, *, base: Path, adapter: Path) -> NDArray[np.float64]:
+        """Return float64 [output tokens]: nats by which the adapter made each token likelier than the base alone."""
+        model = self._load(base, adapter)
+        batch = [completion.encoded]
+        adapted = target_log_likelihoods(model, batch)[0]
+        with model.disable_adapter():
+            alone = target_log_likelihoods(model, batch)[0]
+        return (adapted - alone).double().numpy()
+
+    def features(
+        self, completion: Completion, trace: Trace, *, base: Path, adapter: Path, num_groups: int
+    ) -> NDArray[np.float32]:
+        """Return float32 [checkpoints, token groups, dim] of the completion at every checkpoint of `trace`."""
+        model = self._load(base, adapter)
+        features = self._features_like(model, trace)
+        served = _factor_weights(features)
+        try:
+            return np.stack(
+                [self._at(features, completion, trace, step, num_groups) for step in trace.checkpoint_steps]
+            )
+        finally:
+            _set_factor_weights(features, served)
+
+    @staticmethod
+    def _at(
+        features: GradientFeatures, completion: Completion, trace: Trace, step: int, num_groups: int
+    ) -> NDArray[np.float32]:
+        _set_factor_weights(features, trace.adapter_weights(step))
+        input_ids, labels = completion.encoded
+        rows = features.token_features(input_ids, labels, exp_avg_sq=trace.exp_avg_sq(step), num_groups=num_groups)
+        return rows.numpy()
+
+    def _features_like(self, model: nn.Module, trace: Trace) -> GradientFeatures:
+        """Return features projected as the trace's were. Raises TraceError when the adapter has other modules."""
+        key = (trace.projection_dim, trace.projection_seed)
+        if self._features is None or self._features[0] != key:
+            self._features = (key, GradientFeatures(model, projection_dim=key[0], seed=key[1]))
+        features = self._features[1]
+        if tuple(features.module_dims) != trace.module_names:
+            raise TraceError(
+                f"trace {trace.path.name}: its gradients are of other modules than the adapter's; "
+                "the trace belongs to another adapter"
+            )
+        return features
+
+    def _load(self, base: Path, adapter: Path) -> Any:
+        if (self._base_path, self._adapter_path) == (base, adapter):
+            return self._model
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # its bar would be drawn over ours, and into the logs of an actor
+        plain = self._model.unload() if self._model is not None and self._base_path == base else None
+        self._model = self._features = self._base_path = self._adapter_path = None
+        if plain is None:
+            plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+            plain.requires_grad_(False)
+        self._model = PeftModel.from_pretrained(plain, adapter).eval()
+        self._base_path, self._adapter_path = base, adapter
+        return self._model
+
+
+def _factor_weights(features: GradientFeatures) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in _factors(features).items()}
+
+
+def _set_factor_weights(features: GradientFeatures, weights: Mapping[str, Tensor]) -> None:
+    """Copy LoRA weights by PEFT name into the model. Raises TraceError for a missing or misshapen one."""
+    with torch.no_grad():
+        for name, parameter in _factors(features).items():
+            value = weights.get(name)
+            if value is None or value.shape != parameter.shape:
+                raise TraceError(f"checkpoint: weight {name!r} is missing or misshapen; train the adapter again")
+            parameter.copy_(value)
+
+
+def _factors(features: GradientFeatures) -> dict[str, Tensor]:
+    return {
+        f"{module.name}.lora_{side}.weight": linear.weight
+        for module in features.modules
+        for side, linear in (("A", module.lora_a), ("B", module.lora_b))
+    }

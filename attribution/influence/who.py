@@ -1,0 +1,343 @@
+"""Who made this answer: the adapter or the base, which contributors, which rows, and how firm that is.
+
+Explains one receipted completion. What it promises is a ranking with its stability under reweighting, no causal claim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from attribution.influence.answer import Attribution, BaselineRank, ContributorPart, ExamplePart, Gain
+from attribution.influence.bm25 import Ranked, bm25_ranking, random_ranking
+from attribution.influence.scores import (
+    Normalise,
+    Share,
+    bootstrap,
+    bootstrap_mean,
+    in_micros,
+    interval,
+    score_parts,
+    split_shares,
+    sum_by_contributor,
+)
+from attribution.influence.store import Trace
+from configs.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from attribution.influence.query import AdapterModels, Completion
+    from attribution.records import Artefact
+    from attribution.trail import Trail
+
+LABEL = "stability"
+NO_TRACE = "the adapter has no training trace, so its rows cannot be scored; its lineage still says who is behind it"
+MICRO = 1_000_000
+MAX_TEXT_CHARS = 600
+NUM_TOP_CONTRIBUTORS = 20
+"""Contributors named in an influence record; the table behind it holds every example's score."""
+
+
+class ExplainError(UserError):
+    """The receipt cannot be explained: unknown, erased or empty."""
+
+
+@dataclass(frozen=True)
+class ExplainSettings:
+    """How a completion is explained; the fields of `AttributionSettings` that concern it."""
+
+    num_bootstrap: int = 500
+    top_examples: int = 5
+    confidence: float = 0.9
+    num_token_groups: int = 8
+    normalise: Normalise = "cosine"
+    base_threshold_nats: float = 0.05
+    seed: int = 0
+
+    @classmethod
+    def of(cls, section: Any) -> "ExplainSettings":
+        """Return the settings held by a section of the configuration."""
+        return cls(**{field.name: getattr(section, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The receipted completion and where its parts lie."""
+
+    receipt: dict[str, Any]
+    leaf_hash: str
+    completion: "Completion"
+    text: str
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Everything the gradients said: parts [checkpoint, token group, example]."""
+
+    trace: Trace
+    parts: "NDArray[np.float64]"
+
+
+def explain(
+    trail: "Trail",
+    receipt_id: str,
+    settings: ExplainSettings | None = None,
+    *,
+    models: "AdapterModels | None" = None,
+    record: bool = False,
+) -> Attribution:
+    """Return who made the completion of `receipt_id` (or a unique prefix of it).
+
+    `models` keeps the base in memory between calls. With `record` an `influence` record is appended, once per answer.
+    Raises ExplainError for an unknown, erased or empty completion; TraceError for a broken trace.
+    """
+    settings = settings or ExplainSettings()
+    subject = _subject(trail, receipt_id)
+    if subject.receipt["adapter"] is None:
+        return _answer(subject, settings, base_did_it=True, reason="the request was for the base model")
+    models = models or _new_models()
+    gain = _gain(trail, subject, settings, models)
+    trace = _trace_of(trail, subject.receipt["adapter"], models)
+    if trace is None:
+        return _answer(subject, settings, base_did_it=gain.is_of_base, reason=NO_TRACE, gain=gain)
+    names = _contributor_names(trail)
+    baselines = _baselines(trace, subject, settings, names)
+    if gain.is_of_base:
+        reason = _base_reason(gain)
+        return _answer(subject, settings, base_did_it=True, reason=reason, gain=gain, baselines=baselines)
+    scored = _score(trail, subject, settings, models, trace)
+    attribution = _credited(subject, settings, scored, gain=gain, baselines=baselines, names=names)
+    if record:
+        record_influence(trail, attribution, scored.trace, scored.parts)
+    return attribution
+
+
+def record_influence(trail: "Trail", attribution: Attribution, trace: Trace, parts: "NDArray[np.float64]") -> str:
+    """Append an `influence` record with every example's score, unless it is there already; return its leaf hash."""
+    import pyarrow as pa
+
+    from attribution.bodies import InfluenceBody
+    from attribution.bodies import Share as RecordedShare
+    from attribution.records import Artefact
+
+    columns = {
+        "example_id": [example.example_id for example in trace.examples],
+        "contributor": [example.contributor for example in trace.examples],
+        "score_micro": [round(float(score) * MICRO) for score in parts.sum(axis=(0, 1))],
+    }
+    table = trail.put_table(pa.table(columns))
+    top = tuple(
+        RecordedShare(part.key_id, int(part.share * MICRO), int(part.low * MICRO), round(part.high * MICRO))
+        for part in attribution.contributors[:NUM_TOP_CONTRIBUTORS]
+    )
+    body = InfluenceBody(attribution.receipt_id, attribution.receipt_leaf, attribution.method, table, top)
+    for entry in trail.entries(kind="influence"):
+        if entry.record is not None and entry.record.body == body:
+            return entry.leaf_hash
+    assert attribution.adapter is not None, "only an adapter's completion has scores"
+    adapter = Artefact("adapter", attribution.adapter_name or "adapter", attribution.adapter)
+    return _append_influence(trail, body, adapter, attribution)
+
+
+def _append_influence(trail: "Trail", body: Any, adapter: "Artefact", attribution: Attribution) -> str:
+    from attribution.records import Artefact
+
+    made_by = trail.find(adapter.digest)
+    entry = trail.record(
+        "influence",
+        body,
+        inputs=(adapter,),
+        outputs=(Artefact("table", f"influence of {attribution.receipt_id}", body.table),),
+        parents=[attribution.receipt_leaf, *([made_by.leaf_hash] if made_by else [])],
+        seed=attribution.seed,
+    )
+    return entry.leaf_hash
+
+
+def _subject(trail: "Trail", receipt_id: str) -> _Subject:
+    from attribution.influence.query import Completion
+    from attribution.receipts import find_receipt, receipt_content
+
+    stored = find_receipt(trail, receipt_id)
+    if stored is None:
+        raise ExplainError(f"receipt {receipt_id!r}: not in this home's log; `trailmark log show` lists what is")
+    receipt = stored.row.receipt
+    content = receipt_content(trail, receipt["id"])
+    output_ids = tuple(content["output_token_ids"])
+    if not output_ids:
+        raise ExplainError(f"receipt {receipt['id']}: the completion has no token, so nothing made it")
+    completion = Completion(tuple(content["prompt_token_ids"]), output_ids)
+    return _Subject(receipt, stored.leaf_hash, completion, f"{_prompt_text(content)}\n{content['output_text']}")
+
+
+def _prompt_text(content: dict[str, Any]) -> str:
+    """Return what the user asked: the prompt, or the last user turn of the messages."""
+    if content.get("prompt"):
+        return str(content["prompt"])
+    turns = [message["content"] for message in content.get("messages", ()) if message["role"] == "user"]
+    return str(turns[-1]) if turns else ""
+
+
+def _new_models() -> "AdapterModels":
+    from attribution.influence.query import AdapterModels
+
+    return AdapterModels()
+
+
+def _gain(trail: "Trail", subject: _Subject, settings: ExplainSettings, models: "AdapterModels") -> Gain:
+    base, adapter = (models.folder(trail.store, subject.receipt[key]) for key in ("base", "adapter"))
+    gains = models.gains(subject.completion, base=base, adapter=adapter)
+    spread = bootstrap_mean(gains, num_draws=settings.num_bootstrap, seed=settings.seed, confidence=settings.confidence)
+    return Gain(float(gains.mean()), spread.low, spread.high, len(gains), settings.base_threshold_nats)
+
+
+def _base_reason(gain: Gain) -> str:
+    if gain.low <= 0:
+        return "the adapter's gain over the base cannot be told from zero"
+    return f"the adapter's gain over the base is below {gain.threshold:g} nats per token"
+
+
+def _trace_of(trail: "Trail", adapter: str, models: "AdapterModels") -> Trace | None:
+    digest = trail.store.manifest(adapter).meta.get("trace")
+    if not digest or not trail.store.has(digest):
+        return None
+    return Trace(models.folder(trail.store, digest))
+
+
+def _score(
+    trail: "Trail", subject: _Subject, settings: ExplainSettings, models: "AdapterModels", trace: Trace
+) -> _Scored:
+    base, adapter = (models.folder(trail.store, subject.receipt[key]) for key in ("base", "adapter"))
+    query = models.features(subject.completion, trace, base=base, adapter=adapter, num_groups=settings.num_token_groups)
+    return _Scored(trace, score_parts(query, trace, normalise=settings.normalise))
+
+
+def _credited(
+    subject: _Subject,
+    settings: ExplainSettings,
+    scored: _Scored,
+    *,
+    gain: Gain,
+    baselines: dict[str, tuple[BaselineRank, ...]],
+    names: dict[str, str],
+) -> Attribution:
+    contributors = [example.contributor for example in scored.trace.examples]
+    key_ids, summed = sum_by_contributor(scored.parts, contributors)
+    draws = bootstrap(summed, num_draws=settings.num_bootstrap, seed=settings.seed)
+    split = split_shares(key_ids, summed.sum(axis=(0, 1)), draws, confidence=settings.confidence)
+    paid, unattributed = in_micros(split)
+    parts = tuple(_part(share, micro, names) for share, micro in zip(split.shares, paid, strict=True))
+    reason = "shares of the predicted gain" if any(paid) else "no contributor's influence can be told from zero"
+    return _answer(
+        subject,
+        settings,
+        base_did_it=False,
+        reason=reason,
+        gain=gain,
+        contributors=parts,
+        unattributed=unattributed / MICRO,
+        examples=_top_examples(scored, settings, names),
+        baselines=baselines,
+        method=_method(scored, settings),
+    )
+
+
+def _part(share: Share, share_micro: int, names: dict[str, str]) -> ContributorPart:
+    return ContributorPart(
+        key_id=share.key_id,
+        name=_name(names, share.key_id),
+        share=share_micro / MICRO,
+        low=share.share_interval.low,
+        high=share.share_interval.high,
+        score=share.score,
+        score_low=share.score_interval.low,
+        score_high=share.score_interval.high,
+    )
+
+
+def _top_examples(scored: _Scored, settings: ExplainSettings, names: dict[str, str]) -> tuple[ExamplePart, ...]:
+    totals = scored.parts.sum(axis=(0, 1))
+    rows = sorted(range(len(totals)), key=lambda row: (-totals[row], row))[: settings.top_examples]
+    draws = bootstrap(scored.parts[:, :, rows], num_draws=settings.num_bootstrap, seed=settings.seed)
+    found = []
+    for column, row in enumerate(rows):
+        example = scored.trace.examples[row]
+        spread = interval(draws[:, column], confidence=settings.confidence)
+        name = _name(names, example.contributor)
+        text = example.text[:MAX_TEXT_CHARS]
+        found.append(
+            ExamplePart(
+                example.example_id, example.contributor, name, float(totals[row]), spread.low, spread.high, text
+            )
+        )
+    return tuple(found)
+
+
+def _baselines(
+    trace: Trace, subject: _Subject, settings: ExplainSettings, names: dict[str, str]
+) -> dict[str, tuple[BaselineRank, ...]]:
+    rankings = {
+        "bm25": bm25_ranking(trace.examples, subject.text, num_hits=settings.top_examples),
+        "random": random_ranking(trace.examples, seed=f"{settings.seed}:{subject.receipt['id']}"),
+    }
+    return {name: _named(ranking, names) for name, ranking in rankings.items()}
+
+
+def _named(ranking: Sequence[Ranked], names: dict[str, str]) -> tuple[BaselineRank, ...]:
+    return tuple(BaselineRank(ranked.key_id, _name(names, ranked.key_id), ranked.score) for ranked in ranking)
+
+
+def _contributor_names(trail: "Trail") -> dict[str, str]:
+    from attribution.lineage import Lineage
+
+    return dict(Lineage(trail).contributor_names())
+
+
+def _name(names: dict[str, str], key_id: str) -> str:
+    return names.get(key_id, key_id[:12])
+
+
+def _method(scored: _Scored, settings: ExplainSettings) -> str:
+    num_checkpoints, num_groups, _ = scored.parts.shape
+    preconditioner = "Adam-preconditioned" if scored.trace.is_preconditioned else "plain"
+    return (
+        f"tracin-lora/v1: {num_checkpoints} checkpoints, {preconditioner}, projected to {scored.trace.projection_dim}, "
+        f"weighted by the recorded batches, normalise={settings.normalise}; "
+        f"Dirichlet bootstrap x{settings.num_bootstrap} over checkpoints and {num_groups} token groups"
+    )
+
+
+def _answer(
+    subject: _Subject,
+    settings: ExplainSettings,
+    *,
+    base_did_it: bool,
+    reason: str,
+    gain: Gain | None = None,
+    contributors: tuple[ContributorPart, ...] = (),
+    unattributed: float = 1.0,
+    examples: tuple[ExamplePart, ...] = (),
+    baselines: dict[str, tuple[BaselineRank, ...]] | None = None,
+    method: str = "adapter-gain/v1: log-likelihood of the completion under adapter and base",
+) -> Attribution:
+    receipt = subject.receipt
+    return Attribution(
+        receipt_id=receipt["id"],
+        receipt_leaf=subject.leaf_hash,
+        model=receipt["model"],
+        base=receipt["base"],
+        adapter=receipt["adapter"],
+        adapter_name=receipt["adapter_name"],
+        base_did_it=base_did_it,
+        reason=reason,
+        gain_nats=gain,
+        contributors=contributors,
+        unattributed=unattributed,
+        examples=examples,
+        baselines=baselines or {},
+        method=method,
+        label=LABEL,
+        confidence=settings.confidence,
+        seed=settings.seed,
+    )

@@ -1,0 +1,226 @@
+"""Records of work as MLflow runs and models: refinement, base model, adapter, benchmark, publication."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, PublicationBody, RefinementBody
+from attribution.mlflow_context import ViewContext
+from attribution.mlflow_notes import note
+from attribution.mlflow_server import TAG_NOTE
+from attribution.records import Artefact
+from attribution.trail import Entry
+
+if TYPE_CHECKING:
+    from mlflow.entities import Dataset, Metric
+
+ALIAS = "current"
+MICRO = 1e6
+
+
+def write_refinement(context: ViewContext, entry: Entry) -> None:
+    """A run with the contributions that went in, the dataset that came out, and what each rule dropped."""
+    assert entry.record is not None and isinstance(entry.record.body, RefinementBody)
+    record, body = entry.record, entry.record.body
+    refined = record.outputs[0]
+    summary = f"Refined **{body.num_kept}** of {body.num_in} rows from {len(body.per_contributor)} contributors."
+    text = note(summary, entry, context.credits(entry), digest=refined.digest)
+    run_id = context.run(entry, name=f"refine {body.name}", start_us=record.time_us, digest=refined.digest, note=text)
+    context.server.log_params(run_id, {f"rule.{rule.name}": rule.params for rule in body.rules} | {"seed": record.seed})
+    values = {"rows.in": body.num_in, "rows.kept": body.num_kept, "rows.dropped": body.num_in - body.num_kept}
+    for dropped in body.dropped:
+        key = f"rows.dropped.{dropped.rule}"
+        values[key] = values.get(key, 0) + dropped.count
+    context.server.log_metrics(run_id, _metrics(values, record.time_us))
+    datasets = context.datasets(record, context="contributed")
+    context.server.log_inputs(run_id, [*datasets, context.dataset(refined, context="refined")], [])
+    context.finish_run(entry, run_id)
+
+
+def write_base_model(context: ViewContext, entry: Entry) -> None:
+    """A LoggedModel without a run."""
+    assert entry.record is not None and isinstance(entry.record.body, BaseModelBody)
+    body = entry.record.body
+    digest = entry.record.outputs[0].digest
+    summary = (
+        f"Base model {body.architecture}, {body.num_parameters:,} weights, licence {body.licence}. {body.note}".strip()
+    )
+    params = {
+        "source": body.source,
+        "architecture": body.architecture,
+        "licence": body.licence,
+        "dtype": body.dtype,
+        "num_parameters": body.num_parameters,
+    }
+    text = note(summary, entry, [], digest=digest)
+    model_id = context.model(entry, name=body.name, model_type="base model", params=params, note=text, run_id=None)
+    context.finish_model(entry, model_id)
+
+
+def write_adapter(context: ViewContext, entry: Entry) -> None:
+    """The training run, base model and refined dataset going in, and the adapter as the LoggedModel that came out."""
+    assert entry.record is not None and isinstance(entry.record.body, AdapterBody)
+    record, body = entry.record, entry.record.body
+    digest = record.outputs[0].digest
+    credits = context.credits(entry)
+    summary = (
+        f"LoRA adapter of rank {body.rank}, trained for {body.num_steps} steps on {body.num_examples} rows of "
+        f"{sum(credit.num_kept > 0 for credit in credits)} contributors; last loss {body.final_loss_micro / MICRO:.4f}."
+    )
+    text = note(summary, entry, credits, digest=digest)
+    steps = _training_metrics(context, body)
+    start_us = min((metric.timestamp * 1000 for metric in steps), default=record.time_us)
+    params = {
+        "rank": body.rank,
+        "alpha": body.alpha,
+        "target_modules": ", ".join(body.target_modules),
+        "num_steps": body.num_steps,
+        "num_examples": body.num_examples,
+        "base": body.base,
+        "dataset": body.dataset,
+        "seed": record.seed,
+    }
+    run_id = context.run(entry, name=f"train {body.name}", start_us=start_us, digest=digest, note=text)
+    context.server.log_params(run_id, params)
+    final = {
+        "final_loss": body.final_loss_micro / MICRO,
+        "reload_max_abs_diff": body.reload_max_abs_diff_micro / MICRO,
+        "num_examples": body.num_examples,
+    }
+    base_id = context.model_of(body.base)
+    model_id = context.model(entry, name=body.name, model_type="LoRA adapter", params=params, note=text, run_id=run_id)
+    datasets = context.datasets(record, context="training")
+    context.server.log_inputs(run_id, datasets, [base_id] if base_id else [])
+    last = _metrics(
+        final, record.time_us, step=body.num_steps, model_id=model_id, dataset=datasets[0][0] if datasets else None
+    )
+    context.server.log_metrics(run_id, [*steps, *last])
+    context.server.log_output(run_id, model_id, step=body.num_steps)
+    context.finish_model(entry, model_id)
+    context.finish_run(entry, run_id)
+
+
+def write_benchmark(context: ViewContext, entry: Entry) -> None:
+    """A run with adapter and base going in; its metrics also stand on the models' pages, next to their suite."""
+    assert entry.record is not None and isinstance(entry.record.body, BenchmarkBody)
+    record, body = entry.record, entry.record.body
+    adapter_id, base_id = context.model_of(body.adapter), context.model_of(body.base)
+    suite = next(
+        (item for item in record.inputs if item.digest == body.suite), Artefact("suite", body.name, body.suite)
+    )
+    lines = [
+        f"- {metric.metric}: {metric.base_micro / MICRO:.3f} to **{metric.adapter_micro / MICRO:.3f}**, change "
+        f"{metric.delta_micro / MICRO:+.3f} ({metric.low_micro / MICRO:+.3f} to {metric.high_micro / MICRO:+.3f})"
+        for metric in body.metrics
+    ]
+    summary = f"Base against adapter on {body.num_items} held-out items.\n\n" + "\n".join(lines)
+    text = note(summary, entry, context.credits(entry), digest=body.adapter)
+    run_id = context.run(entry, name=f"benchmark {body.name}", start_us=record.time_us, digest=body.adapter, note=text)
+    context.server.log_params(
+        run_id,
+        {
+            "num_items": body.num_items,
+            "suite": body.suite,
+            "adapter": body.adapter,
+            "base": body.base,
+            "seed": record.seed,
+        },
+    )
+    data, tags = context.dataset(suite, context="benchmark")
+    context.server.log_inputs(run_id, [(data, tags)], [model_id for model_id in (adapter_id, base_id) if model_id])
+    of_base = {f"{metric.metric}.base": metric.base_micro / MICRO for metric in body.metrics}
+    of_adapter: dict[str, float] = {}
+    for metric in body.metrics:
+        of_adapter[metric.metric] = metric.adapter_micro / MICRO
+        changes = {"change": metric.delta_micro, "change_low": metric.low_micro, "change_high": metric.high_micro}
+        of_adapter.update({f"{metric.metric}.{key}": micro / MICRO for key, micro in changes.items()})
+    for values, model_id in ((of_base, base_id), (of_adapter, adapter_id)):
+        context.server.log_metrics(run_id, _metrics(values, record.time_us, model_id=model_id, dataset=data))
+    context.finish_run(entry, run_id)
+    _renew_model_page(context, body.adapter)
+
+
+def write_publication(context: ViewContext, entry: Entry) -> None:
+    """A registered model version under the published name, with the alias `current`; only models have one."""
+    assert entry.record is not None and isinstance(entry.record.body, PublicationBody)
+    body = entry.record.body
+    model_id = context.model_of(body.digest)
+    if model_id is None:
+        return
+    client = context.server.client
+    name = registered_name(body.name)
+    version = context.cursor.get(entry.leaf_hash, "version") or context.server.find_version(name, entry.leaf_hash)
+    text = note(f"Published as **{body.name}@{body.version}**.", entry, context.credits(entry), digest=body.digest)
+    if version is None:
+        _register_name(context, name)
+        created = client.create_model_version(
+            name,
+            f"models:/{model_id}",
+            run_id=client.get_logged_model(model_id).source_run_id,
+            model_id=model_id,
+            tags={**context.tags(entry, digest=body.digest), "trailmark.version": str(body.version)},
+            description=text,
+            await_creation_for=0,
+        )
+        version = str(created.version)
+    context.cursor.put(entry.leaf_hash, "version", f"{name}/{version}")
+    client.set_registered_model_alias(name, ALIAS, version.rpartition("/")[2])
+    client.set_logged_model_tags(model_id, {"trailmark.published": f"{body.name}@{body.version}"})
+    _renew_model_page(context, body.digest)
+
+
+def registered_name(published: str) -> str:
+    """Return the registered model's name: MLflow allows no '/' in one."""
+    return published.replace("/", ".")
+
+
+def _register_name(context: ViewContext, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        context.server.client.create_registered_model(
+            name, tags={TAG_NOTE: "Published by Trailmark; see each version."}
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _renew_model_page(context: ViewContext, digest: str) -> None:
+    """Redraw the adapter's lineage page: it now has a benchmark or a name."""
+    maker = context.trail.find(digest)
+    model_id = None if maker is None else context.model_id(maker.leaf_hash)
+    if maker is not None and model_id is not None:
+        context.finish_model(maker, model_id)
+
+
+def _metrics(
+    values: "Mapping[str, float]",
+    time_us: int,
+    *,
+    step: int = 0,
+    model_id: str | None = None,
+    dataset: "Dataset | None" = None,
+) -> "list[Metric]":
+    """Return metrics of one moment; with a model they also stand on that model's page, beside the dataset."""
+    from mlflow.entities import Metric
+
+    place = {"dataset_name": dataset.name, "dataset_digest": dataset.digest} if dataset is not None else {}
+    return [
+        Metric(key, float(value), time_us // 1000, step, model_id=model_id, **place) for key, value in values.items()
+    ]
+
+
+def _training_metrics(context: ViewContext, body: AdapterBody) -> "Sequence[Metric]":
+    """Loss and learning rate of each step at the time it ran, from the training trace; none when the trace is gone."""
+    import pyarrow.parquet
+    from mlflow.entities import Metric
+
+    if not context.trail.store.has(body.trace):
+        return []
+    folder = context.trail.store.get_directory(body.trace, verify=False)
+    rows = pyarrow.parquet.read_table(folder / "steps.parquet", columns=["step", "lr", "loss", "time_us"]).to_pylist()
+    return [
+        Metric(key, row[column], row["time_us"] // 1000, row["step"])
+        for row in rows
+        for key, column in (("loss", "loss"), ("learning_rate", "lr"))
+    ]
