@@ -1,0 +1,1 @@
+"""Batch work: contribute, refine, train, benchmark, publish."""

@@ -1,0 +1,1 @@
+"""Base against adapter on held-out rows."""

@@ -1,0 +1,1 @@
+"""Ray Data refinement that keeps a decision per example and rule."""

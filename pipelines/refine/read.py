@@ -1,0 +1,187 @@
+"""Which contributions a refinement reads, in the order in which they were registered, cut into blocks of rows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from attribution.bodies import ContributorBody, DatasetBody
+from attribution.records import RecordError, signers_of
+from configs.errors import UserError
+from pipelines.refine.annotate import Origin
+from pipelines.refine.table import CONTRIBUTED, DECISIONS_FILE, ROWS_FILE
+
+if TYPE_CHECKING:
+    from attribution.trail import Entry, Trail
+
+ALL = "all"
+MIN_HASH_PREFIX = 8
+"""Hex digits of a leaf hash that a user may give instead of all 64."""
+
+
+class DatasetError(UserError):
+    """A contribution or refined dataset that is not there, was erased, or is not what it says."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One registered contribution; `rows` is the digest of its rows.parquet."""
+
+    name: str
+    rows: str
+    num_rows: int
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows first_row .. first_row + num_rows of the file at `path`; what one Ray Data task reads."""
+
+    index: int
+    path: Path
+    origin: Origin
+    first_row: int
+    num_rows: int
+
+
+def contributor_entries(trail: "Trail") -> "dict[str, Entry]":
+    """Return the newest contributor record by contributor name."""
+    found: dict[str, Entry] = {}
+    for entry in trail.entries(kind="contributor"):
+        if entry.record is not None:
+            assert isinstance(entry.record.body, ContributorBody)
+            found[entry.record.body.name] = entry
+    return found
+
+
+def contributor_names(trail: "Trail") -> dict[str, str]:
+    """Return contributor names by key id."""
+    return {body.key_id: body.name for body in _contributor_bodies(trail)}
+
+
+def contributions(trail: "Trail", names: Sequence[str] = (ALL,)) -> list[Contribution]:
+    """Return the contributions that `names` mean, each once, in order of registration.
+
+    A name is a dataset's name (every contribution of that name), the digest of its rows, its leaf hash or at least
+    8 digits of it, or `all`. The order of `names` does not matter.
+
+    Raises:
+        DatasetError: a name that means nothing (with the nearest), an erased record, one not signed by its contributor.
+    """
+    entries = list(trail.entries(kind="dataset"))
+    wanted = {entry.index for name in names for entry in _matching(entries, name)}
+    if not wanted:
+        raise DatasetError(
+            "no dataset to refine: contribute one first, `trailmark contribute FILE --as NAME --licence ID`"
+        )
+    public_keys = {body.key_id: bytes.fromhex(body.public_key) for body in _contributor_bodies(trail)}
+    return [_contribution(entry, public_keys) for entry in entries if entry.index in wanted]
+
+
+def verified_rows(trail: "Trail", contribution: Contribution) -> Path:
+    """Return the file of a contribution's rows after hashing it again. Raises StoreError when it was altered."""
+    trail.store.get_blob(contribution.rows)
+    return trail.store.path_of(contribution.rows)
+
+
+def blocks(paths: Sequence[tuple[Contribution, Path]], *, block_rows: int) -> list[Block]:
+    """Cut the rows of all contributions into blocks of at most `block_rows`, in order of registration."""
+    cut: list[Block] = []
+    for contribution, path in paths:
+        for first in range(0, contribution.num_rows, block_rows):
+            size = min(block_rows, contribution.num_rows - first)
+            cut.append(Block(len(cut), path, contribution.origin, first, size))
+    return cut
+
+
+def read_block(block: Block) -> pa.Table:
+    """Return the block's rows (CONTRIBUTED); reads only the row groups that hold them."""
+    with pq.ParquetFile(block.path) as file:
+        pieces = list(_pieces(file, block.first_row, block.first_row + block.num_rows))
+    rows = pa.concat_tables(pieces).cast(CONTRIBUTED)
+    assert rows.num_rows == block.num_rows, "the record's num_rows is the file's"
+    return rows
+
+
+def load_refined(trail: "Trail", digest: str) -> pa.Table:
+    """Return the rows (table.REFINED) of a refined dataset, verified. Raises StoreError when missing or altered."""
+    return pq.read_table(_refined_directory(trail, digest) / ROWS_FILE)
+
+
+def load_decisions(trail: "Trail", digest: str) -> pa.Table:
+    """Return the decisions (table.DECISIONS) behind a refined dataset, one per example and rule asked, verified."""
+    return pq.read_table(_refined_directory(trail, digest) / DECISIONS_FILE)
+
+
+def _refined_directory(trail: "Trail", digest: str) -> Path:
+    kind = trail.store.manifest(digest).kind
+    if kind != "refined":
+        raise DatasetError(f"{digest} is of kind {kind!r}, not a refined dataset; `trailmark dataset list` shows them")
+    return trail.store.get_directory(digest)
+
+
+def _pieces(file: pq.ParquetFile, first: int, last: int) -> Iterator[pa.Table]:
+    start = 0
+    for group in range(file.num_row_groups):
+        end = start + file.metadata.row_group(group).num_rows
+        low, high = max(first, start), min(last, end)
+        if low < high:
+            yield file.read_row_group(group).slice(low - start, high - low)
+        start = end
+
+
+def _contributor_bodies(trail: "Trail") -> Iterator[ContributorBody]:
+    for entry in trail.entries(kind="contributor"):
+        if entry.record is not None:
+            assert isinstance(entry.record.body, ContributorBody)
+            yield entry.record.body
+
+
+def _matching(entries: "Sequence[Entry]", name: str) -> "list[Entry]":
+    if name == ALL:
+        return [entry for entry in entries if entry.record is not None]
+    found = [entry for entry in entries if _means(entry, name)]
+    if not found:
+        known = sorted({_dataset_body(entry).name for entry in entries if entry.record is not None})
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known[:10]) or 'none yet'}"
+        raise DatasetError(f"dataset {name!r}: no contribution of that name, digest or leaf hash; {hint}")
+    return found
+
+
+def _means(entry: "Entry", name: str) -> bool:
+    if len(name) >= MIN_HASH_PREFIX and entry.leaf_hash.startswith(name.lower()):
+        return True
+    return entry.record is not None and name in (_dataset_body(entry).name, _dataset_body(entry).rows)
+
+
+def _dataset_body(entry: "Entry") -> DatasetBody:
+    assert entry.record is not None and isinstance(entry.record.body, DatasetBody)
+    return entry.record.body
+
+
+def _is_signed_by(envelope: bytes, key_id: str, public_keys: Mapping[str, bytes]) -> bool:
+    if key_id not in public_keys:
+        return False
+    try:
+        return key_id in signers_of(envelope, {key_id: public_keys[key_id]})
+    except RecordError:  # signed by someone else, or altered
+        return False
+
+
+def _contribution(entry: "Entry", public_keys: Mapping[str, bytes]) -> Contribution:
+    if entry.record is None or entry.envelope is None:
+        raise DatasetError(f"dataset {entry.leaf_hash[:12]}: its record was erased; leave it out")
+    body = _dataset_body(entry)
+    contributor = next((party.key_id for party in entry.record.contributors if party.role == "contributor"), "")
+    if not _is_signed_by(entry.envelope, contributor, public_keys):
+        raise DatasetError(
+            f"dataset {body.name!r} ({entry.leaf_hash[:12]}): not signed by its contributor "
+            f"{contributor[:12] or '(none named)'}; hand it in again with `trailmark contribute FILE --as NAME`"
+        )
+    origin = Origin(contributor, body.licence, entry.leaf_hash, entry.index)
+    return Contribution(body.name, body.rows, body.num_rows, origin)

@@ -1,0 +1,1 @@
+"""Ray Train + DeepSpeed + PEFT adapter training with a replayable trace."""

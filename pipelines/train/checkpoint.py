@@ -1,0 +1,137 @@
+"""One checkpoint for any number of workers: whole adapter weights, both Adam moments and the step, with digests last.
+
+DeepSpeed's own checkpoint holds one shard per rank and refuses another world size; an adapter is small enough to
+gather. The data cursor is the step number, and learning rate and dropout are pure functions of it: no more is saved.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipelines.train.lora import ADAPTER_WEIGHTS_FILE, trainable
+
+MANIFEST_FILE = "manifest.json"
+EXP_AVG_FILE = "exp_avg.safetensors"
+EXP_AVG_SQ_FILE = "exp_avg_sq.safetensors"
+
+Tensors = dict[str, Tensor]
+
+
+class CheckpointError(Exception):
+    """A checkpoint is not whole."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `step` updates; every tensor whole, float32, by PEFT's saved name."""
+
+    step: int
+    weights: Tensors
+    exp_avg: Tensors
+    exp_avg_sq: Tensors
+
+    def files(self) -> dict[str, Tensors]:
+        return {ADAPTER_WEIGHTS_FILE: self.weights, EXP_AVG_FILE: self.exp_avg, EXP_AVG_SQ_FILE: self.exp_avg_sq}
+
+
+def gather(engine: Any, *, step: int) -> Checkpoint:
+    """Collect the state from all ranks. Collective: every rank calls it and every rank gets all of it."""
+    weights: Tensors = {}
+    exp_avg: Tensors = {}
+    exp_avg_sq: Tensors = {}
+    for name, parameter in trainable(engine.module).items():
+        weights[name] = _whole(safe_get_full_fp32_param(parameter), name)
+        exp_avg[name] = _whole(safe_get_full_optimizer_state(parameter, "exp_avg"), name)
+        exp_avg_sq[name] = _whole(safe_get_full_optimizer_state(parameter, "exp_avg_sq"), name)
+    return Checkpoint(step, weights, exp_avg, exp_avg_sq)
+
+
+def save(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the files, then the manifest, under a temporary name, then rename: a folder that exists is whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, tensors in checkpoint.files().items():
+        save_file(tensors, partial / name, {"format": "pt"})
+    digests = {name: _sha256(partial / name) for name in checkpoint.files()}
+    manifest = {"v": 1, "step": checkpoint.step, "sha256": digests}
+    (partial / MANIFEST_FILE).write_text(json.dumps(manifest, sort_keys=True), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint. Raises CheckpointError naming the file whose bytes are not those that were written."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST_FILE}: {error}") from error
+    for name, digest in manifest["sha256"].items():
+        if _sha256(folder / name) != digest:
+            raise CheckpointError(f"{folder / name}: its bytes do not match the manifest")
+    return Checkpoint(
+        step=manifest["step"],
+        weights=load_file(folder / ADAPTER_WEIGHTS_FILE),
+        exp_avg=load_file(folder / EXP_AVG_FILE),
+        exp_avg_sq=load_file(folder / EXP_AVG_SQ_FILE),
+    )
+
+
+def restore(engine: Any, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint into a fresh engine, at any world size. Collective.
+
+    ZeRO makes Adam's state in its first step, so one step is taken with a zero gradient and a zero rate. Master copy
+    and module copy are separate in ZeRO: setting only the master leaves the next forward on stale weights.
+    """
+    _materialise(engine)
+    for name, parameter in trainable(engine.module).items():
+        safe_set_full_fp32_param(parameter, checkpoint.weights[name].to(engine.device))
+        safe_set_full_optimizer_state(parameter, checkpoint.exp_avg[name].to(engine.device), "exp_avg")
+        safe_set_full_optimizer_state(parameter, checkpoint.exp_avg_sq[name].to(engine.device), "exp_avg_sq")
+        _set_module_copy(parameter, checkpoint.weights[name])
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), float(checkpoint.step))
+
+
+def _materialise(engine: Any) -> None:
+    groups = engine.optimizer.optimizer.param_groups
+    before = [(group["lr"], group["weight_decay"]) for group in groups]
+    for group in groups:
+        group["lr"], group["weight_decay"] = 0.0, 0.0
+    token = torch.zeros(1, 1, dtype=torch.long, device=engine.device)
+    engine.backward(engine(input_ids=token, use_cache=False).logits.float().sum() * 0.0)
+    engine.step()
+    for group, (rate, decay) in zip(groups, before, strict=True):
+        group["lr"], group["weight_decay"] = rate, decay
+
+
+def _set_module_copy(parameter: torch.nn.Parameter, weight: Tensor) -> None:
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(weight)
+        return
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if torch.distributed.get_rank() == 0:
+            parameter.data.copy_(weight)
+
+
+def _whole(tensor: Tensor | None, name: str) -> Tensor:
+    assert tensor is not None and tensor.numel() > 0, f"{name}: DeepSpeed gathered nothing"
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,297 @@
+"""What each training worker runs: DeepSpeed steps, checkpoints, proof of reload, gradients of every example.
+
+Runs inside Ray Train; imports DeepSpeed only after the process is prepared for it.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from attribution.influence.gradients import GradientFeatures, pad_batch, target_losses
+from configs.env import set_variables
+from configs.schema import TrainSettings
+from pipelines.train import lora
+from pipelines.train.data import (
+    Example,
+    Step,
+    batch_size,
+    checkpoint_steps,
+    learning_rate,
+    plan_steps,
+    read_examples,
+    shard,
+)
+from pipelines.train.plan import Outcome, Plan, StepHook
+from pipelines.train.trace import (
+    AttemptStarted,
+    GradientMeta,
+    GradientOverflow,
+    GradientsTaken,
+    Journal,
+    StepTaken,
+    TraceWriter,
+)
+
+if TYPE_CHECKING:
+    from pipelines.train.checkpoint import Checkpoint
+
+GRADIENT_BATCH = 8
+"""Examples per forward and backward of the feature pass."""
+
+
+class Hopeless(Exception):
+    """The run cannot succeed however often it is retried. Raised by all ranks together, or by none."""
+
+
+def run_attempt(plan: Plan, *, hook: StepHook | None) -> Outcome:
+    """Train from the latest checkpoint to the end, on this rank."""
+    try:
+        worker = Worker(plan, hook=hook)
+        worker.train()
+        return Outcome(reload_max_abs_diff=worker.finish())
+    except Hopeless as problem:
+        return Outcome(problem=str(problem))
+
+
+class Worker:
+    """One rank of one attempt."""
+
+    def __init__(self, plan: Plan, *, hook: StepHook | None) -> None:
+        context = ray.train.get_context()
+        self.plan, self.settings, self.hook = plan, plan.settings, hook
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.journal = Journal(plan.run_folder)
+        self.examples = read_examples(plan.examples_file)
+        self.steps = plan_steps(self.examples, self.settings)
+        self.checkpoint_steps = checkpoint_steps(len(self.steps), self.settings.num_checkpoints)
+        _prepare_process(self.settings, context.get_local_world_size(), context.get_local_rank(), self.device)
+        self.attempt = self._next_attempt()
+        self.engine = _build_engine(self._build_model(), self.settings)
+
+    def train(self) -> None:
+        """Run all steps that the latest checkpoint does not have yet."""
+        done = self._resume()
+        if self.rank == 0:
+            self.journal.append(AttemptStarted(self.attempt, self.world_size, done, _now_us()))
+        for step in self.steps[done:]:
+            if self.hook is not None:
+                self.hook(self.attempt, self.rank, step.number)
+            self._take(step)
+            if step.number in self.checkpoint_steps:
+                self._save_checkpoint(step.number)
+
+    def finish(self) -> float:
+        """Export, prove the reload, write the trace; return the largest logit difference."""
+        probes = self.examples[: self.settings.num_probe_rows]
+        trained = lora.probe_logits(self.engine.module, probes)
+        adapter_folder = self.plan.adapter_folder
+        final = self._load_checkpoint(self.checkpoint_steps[-1])
+        if self.rank == 0:
+            lora.export_adapter(self.engine.module, final.weights, adapter_folder)
+        self.engine.destroy()
+        del self.engine
+        dist.barrier()
+        base = lora.load_base(self.plan.base_path, dtype=self.settings.dtype, device=self.device)
+        model = lora.reload_adapter(base, adapter_folder)
+        difference = self._agree_on((lora.probe_logits(model, probes) - trained).abs().max().item())
+        if not difference <= self.settings.reload_tolerance:
+            raise Hopeless(
+                f"the exported adapter does not reload: a logit differs by {difference:.3g}, more than "
+                f"train.reload_tolerance={self.settings.reload_tolerance:g}; nothing was recorded"
+            )
+        self._write_trace(model)
+        return difference
+
+    def _take(self, step: Step) -> None:
+        """One update: global-batch token mean, so that neither padding nor the number of workers changes the loss."""
+        started = time.monotonic()
+        lr = learning_rate(step.number, num_steps=len(self.steps), settings=self.settings)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(_step_seed(self.settings.seed, step.number, self.rank))
+        size = batch_size(self.examples, step, world_size=self.world_size)
+        rows = [self.examples[row] for row in shard(step, rank=self.rank, world_size=self.world_size)]
+        token_nll = _token_nll(self.engine, rows or [self.examples[step.rows[0]]], device=self.device)
+        token_nll = token_nll if rows else token_nll * 0.0
+        # DeepSpeed averages gradients over ranks; scaling by the world size turns that into the sum over the batch.
+        self.engine.backward(token_nll.sum() * (self.world_size / size.num_target_tokens))
+        self.engine.step()
+        # Summed in float64, so that the figure written down does not depend on how rows are dealt to workers.
+        loss = _sum_over_ranks(token_nll.detach().double().sum()) / size.num_target_tokens
+        if not np.isfinite(loss):
+            raise Hopeless(
+                f"loss is {loss} at step {step.number}; lower train.learning_rate={self.settings.learning_rate:g} "
+                f"or check rows {[self.examples[row].example_id for row in step.rows][:3]}"
+            )
+        if self.rank == 0:
+            seconds = time.monotonic() - started
+            self.journal.append(
+                StepTaken(step.number, lr, loss, step.rows, size.num_tokens, size.padding_share, seconds, _now_us())
+            )
+
+    def _build_model(self) -> nn.Module:
+        """Load base and adapter; a failure anywhere (missing file, unknown module) ends the run on all ranks."""
+        problem, model = "", None
+        try:
+            base = lora.load_base(self.plan.base_path, dtype=self.settings.dtype, device=self.device)
+            model = lora.build_model(base, base_name=self.plan.base_name, settings=self.settings)
+        except (ValueError, OSError) as error:
+            problem = f"rank {self.rank} cannot build the model from {self.plan.base_name}: {error}"
+        self._stop_together(problem)
+        assert model is not None
+        return model
+
+    def _stop_together(self, problem: str) -> None:
+        """Raise Hopeless on all ranks when any of them has a problem; '' is none."""
+        problems: list[Any] = [None] * self.world_size
+        dist.all_gather_object(problems, problem)
+        if any(problems):
+            raise Hopeless(next(text for text in problems if text))
+
+    def _next_attempt(self) -> int:
+        """Number attempts from 1; all ranks read the journal before rank 0 adds to it."""
+        attempt = len(self.journal.attempts()) + 1
+        dist.barrier()
+        return attempt
+
+    def _resume(self) -> int:
+        """Return how many updates are done, after putting their state into the engine."""
+        from pipelines.train.checkpoint import load, restore
+
+        saved = [step for step in self.checkpoint_steps if self.plan.checkpoint_folder(step).exists()]
+        dist.barrier()
+        if not saved:
+            return 0
+        restore(self.engine, load(self.plan.checkpoint_folder(saved[-1])))
+        return saved[-1]
+
+    def _save_checkpoint(self, step: int) -> None:
+        from pipelines.train.checkpoint import gather, save
+
+        checkpoint = gather(self.engine, step=step)
+        if self.rank == 0:
+            save(checkpoint, self.plan.checkpoint_folder(step))
+        ray.train.report({"step": step})
+
+    def _load_checkpoint(self, step: int) -> "Checkpoint":
+        from pipelines.train.checkpoint import load
+
+        return load(self.plan.checkpoint_folder(step))
+
+    def _write_trace(self, model: nn.Module) -> None:
+        writer = TraceWriter(self.plan.trace_folder) if self.rank == 0 else None
+        dim, seed = self.settings.gradient_projection_dim, self.settings.seed
+        features = GradientFeatures(model, projection_dim=dim, seed=seed)
+        for index, step in enumerate(self.checkpoint_steps):
+            gradients = self._gradients(features, step, num_done=index * len(self.examples))
+            problem = ""
+            if writer is not None:
+                try:
+                    writer.write_gradients(step, gradients)
+                except GradientOverflow as error:
+                    problem = str(error)
+            self._stop_together(problem)
+            if writer is not None:
+                from pipelines.train.checkpoint import EXP_AVG_SQ_FILE
+
+                files = (lora.ADAPTER_WEIGHTS_FILE, EXP_AVG_SQ_FILE)
+                writer.write_checkpoint(step, self.plan.checkpoint_folder(step), files=files)
+        if writer is None:
+            return
+        rates = [learning_rate(s, num_steps=len(self.steps), settings=self.settings) for s in self.checkpoint_steps]
+        writer.write_meta(GradientMeta(seed, dim, features.module_dims, self.checkpoint_steps, rates))
+        writer.write_examples(self.examples)
+        writer.write_steps(self.journal.steps(), self.examples)
+
+    def _gradients(self, features: GradientFeatures, step: int, *, num_done: int) -> "np.ndarray[Any, Any]":
+        """Return float32 [num_examples, dim] on rank 0; ranks share the examples, longest dealt first."""
+        checkpoint = self._load_checkpoint(step)
+        lora.set_weights(features.model, checkpoint.weights)
+        order = sorted(range(len(self.examples)), key=lambda row: -self.examples[row].num_tokens)
+        mine = order[self.rank :: self.world_size]
+        parts = [torch.zeros(0, features.dim)]
+        for start in range(0, len(mine), GRADIENT_BATCH):
+            batch = [self.examples[row].encoded for row in mine[start : start + GRADIENT_BATCH]]
+            parts.append(features.features(batch, exp_avg_sq=checkpoint.exp_avg_sq))
+            if self.rank == 0:
+                done = num_done + min(len(order), (start + len(batch)) * self.world_size)
+                self.journal.append(GradientsTaken(done, len(order) * len(self.checkpoint_steps)))
+        return self._collect(torch.cat(parts), order)
+
+    def _collect(self, part: Tensor, order: Sequence[int]) -> "np.ndarray[Any, Any]":
+        parts: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(part.numpy(), parts)
+        whole = np.zeros((len(order), part.shape[1]), dtype=np.float32)
+        for rank, rows in enumerate(parts or []):
+            whole[list(order[rank :: self.world_size])] = rows
+        return whole
+
+    def _agree_on(self, value: float) -> float:
+        """Return the largest of the ranks' values, so that all decide alike; a NaN anywhere stays one."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return float(np.max(values))
+
+
+def _token_nll(model: Any, rows: Sequence[Example], *, device: torch.device) -> Tensor:
+    """Return the negative log-likelihood (nats, float32 [tokens]) of each target token of the rows."""
+    input_ids, labels, mask = pad_batch([row.encoded for row in rows], device=device)
+    return target_losses(model, input_ids, labels, mask=mask)
+
+
+def _sum_over_ranks(value: Tensor) -> float:
+    total = value.clone()
+    dist.all_reduce(total)
+    return total.item()
+
+
+def _build_engine(model: nn.Module, settings: TrainSettings) -> Any:
+    """Wrap the model in DeepSpeed. The adapter is float32 in every dtype, so the engine needs no loss scaling."""
+    import deepspeed
+    import deepspeed.ops
+
+    # For inference only; building it takes minutes, and a kill meanwhile leaves a lock that hangs all later workers.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    parameters = list(lora.trainable(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(settings))
+    return engine
+
+
+def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
+    """Return DeepSpeed's settings. Bucket sizes in elements: its default of 5e8 would reserve 2 GB per worker."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.max_grad_norm,
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "reduce_bucket_size": 5_000_000,
+            "allgather_bucket_size": 5_000_000,
+        },
+    }
+
+
+def _prepare_process(settings: TrainSettings, local_size: int, local_rank: int, device: torch.device) -> None:
+    """Set what DeepSpeed reads from the environment, and the threads (their number decides how sums are rounded)."""
+    accelerator = "cpu" if device.type == "cpu" else "cuda"
+    set_variables({"DS_ACCELERATOR": accelerator, "LOCAL_SIZE": str(local_size), "LOCAL_RANK": str(local_rank)})
+    torch.set_num_threads(settings.threads_per_worker)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """One seed per (run, step, rank): dropout needs no saved generator state to resume."""
+    return (seed * 1_000_003 + step) * 1_009 + rank
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000

@@ -1,0 +1,196 @@
+"""What a run writes down: a journal while it trains, and from it the trace directory that attribution reads.
+
+steps.parquet     step, lr, loss (mean nats per target token before the update), example_ids, time_us
+examples.parquet  row, example_id, contributor, num_target_tokens, text
+checkpoints/<step>/{adapter_model,exp_avg_sq}.safetensors
+gradients/<step>.npy  float16 [num_examples, dim]      gradients/meta.json
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.train.data import EXAMPLES_SCHEMA, Example
+
+JOURNAL_FILE = "journal.jsonl"
+ADAM_BETA2 = 0.999
+"""The default of torch.optim.AdamW, which training leaves alone."""
+
+STEPS_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("lr", pa.float64()),
+        ("loss", pa.float64()),
+        ("example_ids", pa.list_(pa.string())),
+        ("time_us", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class AttemptStarted:
+    """A worker group began; `step` is the cursor: updates already in its checkpoint."""
+
+    attempt: int
+    world_size: int
+    step: int
+    time_us: int
+    event: Literal["attempt"] = "attempt"
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """One update. `loss` is taken before it; tokens are those of all workers."""
+
+    step: int
+    lr: float
+    loss: float
+    rows: tuple[int, ...]
+    num_tokens: int
+    padding_share: float
+    seconds: float
+    time_us: int
+    event: Literal["step"] = "step"
+
+
+@dataclass(frozen=True)
+class GradientsTaken:
+    """`num_done` of `num_total` example gradients are computed on rank 0."""
+
+    num_done: int
+    num_total: int
+    event: Literal["gradients"] = "gradients"
+
+
+Event = AttemptStarted | StepTaken | GradientsTaken
+_EVENTS: dict[str, type[Any]] = {"attempt": AttemptStarted, "step": StepTaken, "gradients": GradientsTaken}
+
+
+class Journal:
+    """An append-only file of events in a run's folder; written by rank 0, followed by the driver."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / JOURNAL_FILE
+
+    def append(self, event: Event) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(event)) + "\n")
+
+    def read(self) -> list[Event]:
+        return list(JournalFollower(self.path).new_events())
+
+    def attempts(self) -> list[AttemptStarted]:
+        return [event for event in self.read() if isinstance(event, AttemptStarted)]
+
+    def steps(self) -> list[StepTaken]:
+        """Return the steps that led to the final weights: of a step taken twice, the later."""
+        latest = {event.step: event for event in self.read() if isinstance(event, StepTaken)}
+        return [latest[number] for number in sorted(latest)]
+
+
+class JournalFollower:
+    """Reads a journal while it grows; a half-written last line waits for its end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+
+    def new_events(self) -> Iterator[Event]:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield _event(json.loads(line))
+
+
+@dataclass(frozen=True)
+class GradientMeta:
+    """How the features of a trace were made, so that a query's can be made alike."""
+
+    projection_seed: int
+    projection_dim: int
+    module_dims: Mapping[str, int]
+    steps: Sequence[int]
+    lr: Sequence[float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "v": 1,
+            "projection_seed": self.projection_seed,
+            "projection_dim": self.projection_dim,
+            "modules": [{"name": name, "dim": dim} for name, dim in self.module_dims.items()],
+            "dim": sum(self.module_dims.values()),
+            "preconditioner": "adam",
+            "beta2": ADAM_BETA2,
+            "dtype": "float16",
+            "steps": list(self.steps),
+            "lr": {str(step): lr for step, lr in zip(self.steps, self.lr, strict=True)},
+        }
+
+
+class GradientOverflow(ValueError):
+    """A feature beyond float16; training again would give the same."""
+
+
+class TraceWriter:
+    """Fills a trace directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "gradients").mkdir(parents=True)
+
+    def write_examples(self, examples: Sequence[Example]) -> None:
+        names = EXAMPLES_SCHEMA.names[:5]
+        columns = {name: [getattr(example, name) for example in examples] for name in names}
+        schema = pa.schema([EXAMPLES_SCHEMA.field(name) for name in names])
+        pq.write_table(pa.table(columns, schema=schema), self.folder / "examples.parquet")
+
+    def write_steps(self, steps: Sequence[StepTaken], examples: Sequence[Example]) -> None:
+        columns: dict[str, list[Any]] = {
+            name: [getattr(step, name) for step in steps] for name in ("step", "lr", "loss", "time_us")
+        }
+        columns["example_ids"] = [[examples[row].example_id for row in step.rows] for step in steps]
+        pq.write_table(pa.table(columns, schema=STEPS_SCHEMA), self.folder / "steps.parquet")
+
+    def write_checkpoint(self, step: int, checkpoint: Path, *, files: Sequence[str]) -> None:
+        target = self.folder / "checkpoints" / str(step)
+        target.mkdir(parents=True)
+        for name in files:
+            shutil.copyfile(checkpoint / name, target / name)
+
+    def write_gradients(self, step: int, features: npt.NDArray[np.float32]) -> None:
+        """Store [num_examples, dim] as float16. Raises GradientOverflow when a value does not fit."""
+        with np.errstate(over="ignore"):
+            half = features.astype(np.float16)
+        if not np.isfinite(half).all():
+            largest = float(np.abs(features).max())
+            row = int(np.argmax(~np.isfinite(half).all(axis=1)))
+            raise GradientOverflow(
+                f"gradients of step {step}: largest feature {largest:.3g} does not fit float16 (65504), first in "
+                f"example row {row}; lower train.learning_rate or train.max_length, or leave that row out"
+            )
+        np.save(self.folder / "gradients" / f"{step}.npy", half)
+
+    def write_meta(self, meta: GradientMeta) -> None:
+        text = json.dumps(meta.to_json(), indent=1, sort_keys=True)
+        (self.folder / "gradients" / "meta.json").write_text(text, encoding="utf-8")
+
+
+def _event(fields: dict[str, Any]) -> Event:
+    kind = _EVENTS[fields["event"]]
+    event = kind(**{name: tuple(value) if name == "rows" else value for name, value in fields.items()})
+    assert isinstance(event, AttemptStarted | StepTaken | GradientsTaken)
+    return event
