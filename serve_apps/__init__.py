@@ -1,0 +1,1 @@
+"""Online work: the gateway, the replica and the engine behind them."""

@@ -1,0 +1,46 @@
+"""Adapters are checked against their digest before the engine may read them."""
+
+import asyncio
+from pathlib import Path
+
+from attribution.store import Store
+from serve_apps.calls import AdapterChoice
+from serve_apps.engine.config import AdapterRef
+
+# (path, size in bytes, modification, change time in ns, inode) per file: a later change to any file changes it.
+Signature = tuple[tuple[str, int, int, int, int], ...]
+
+
+class VerifiedAdapters:
+    """Hands out adapter folders whose every file has the digest that the manifest says.
+
+    Hashing happens once; afterwards a request costs one stat per file, and a file that changed since is hashed again,
+    so that what the engine reads after an eviction is verified too.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._verified: dict[str, tuple[Path, Signature]] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def ready(self, choice: AdapterChoice) -> AdapterRef:
+        """Return the verified folder. StoreError naming the file when it is not what its digest says."""
+        known = self._verified.get(choice.digest)
+        if known is not None and signature(known[0]) == known[1]:
+            return AdapterRef(choice.digest, str(known[0]))
+        async with self._locks.setdefault(choice.digest, asyncio.Lock()):
+            path = await asyncio.to_thread(self._verify, choice.digest)
+        return AdapterRef(choice.digest, str(path))
+
+    def _verify(self, digest: str) -> Path:
+        self._verified.pop(digest, None)
+        before = signature(self._store.get_directory(digest, verify=False))
+        path = self._store.get_directory(digest, verify=True)
+        self._verified[digest] = (path, before)  # taken before hashing: a change meanwhile is seen by the next request
+        return path
+
+
+def signature(folder: Path) -> Signature:
+    """Return what changes when a file below `folder` does; a missing folder has the empty signature."""
+    stats = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats)

@@ -1,0 +1,1 @@
+"""The serving engine: torch only, free of Ray."""

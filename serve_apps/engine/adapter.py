@@ -1,0 +1,314 @@
+"""Reads one PEFT LoRA folder into rank rows, and refuses what would be computed wrongly.
+
+Honoured: r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, target_modules (list or regex), exclude_modules,
+layers_to_transform, layers_pattern; any subset of the seven linears. Source of the rules: peft 0.21.2, functions
+`check_target_module_exists` (tuners/tuners_utils.py), `update_layer` (tuners/lora/layer.py), `get_pattern_key`.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from kernels.ops import LoraGroup, LoraPart
+from serve_apps.engine.architecture import GROUPS, LINEAR_MODULES, ModelSpec
+from serve_apps.engine.config import AdapterRef
+from serve_apps.engine.errors import CorruptAdapter, UnknownAdapter, UnsupportedAdapter
+
+CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
+WHAT_WORKS = (
+    f"what works: LoRA A and B on any of {', '.join(LINEAR_MODULES)}, with rank_pattern, alpha_pattern and rsLoRA"
+)
+# How training starts or is regularised, and bookkeeping: no effect on the forward pass of saved weights.
+HARMLESS_FIELDS = frozenset(
+    {
+        "arrow_config",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+        "velora_config",
+    }
+)
+HONOURED_FIELDS = frozenset(
+    {
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_rslora",
+    }
+)
+FEATURE_NAMES = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules_to_save (whole layers beside LoRA)",
+    "lora_bias": "a bias on LoRA B",
+    "fan_in_fan_out": "transposed (Conv1D) weights",
+    "alora_invocation_tokens": "activated LoRA (aLoRA)",
+    "trainable_token_indices": "trained token embeddings",
+    "layer_replication": "replicated layers",
+    "target_parameters": "LoRA on bare parameters",
+}
+# Initialisations that leave the base model as it is; the others (PiSSA, OLoRA, LoftQ, ...) change its weights.
+BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+TENSOR_NAME = re.compile(
+    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>\w+))\.lora_(?P<side>[AB])\.weight"
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter on its device: a packed buffer, and per layer and group of linears the views into it."""
+
+    digest: str
+    groups: tuple[dict[str, LoraGroup | None], ...]
+    num_bytes: int
+    buffer: Tensor
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One adapted linear: A [rank, in], B [out, rank], and the factor on B A."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+def read_adapter(ref: AdapterRef, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> Adapter:
+    """Read, check and pack the adapter at `ref.path`. Raises UnknownAdapter, CorruptAdapter or UnsupportedAdapter."""
+    folder = Path(ref.path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise UnknownAdapter(
+            f"adapter {ref.digest} has no {CONFIG_FILE} at {folder}; give the folder of a PEFT LoRA adapter"
+        )
+    config_bytes, weight_bytes = _read_file(folder / CONFIG_FILE), _read_file(folder / WEIGHTS_FILE)
+    digest = _content_digest(folder, ref.digest, {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weight_bytes})
+    try:
+        config = json.loads(config_bytes)
+    except ValueError as error:
+        raise CorruptAdapter(f"{folder / CONFIG_FILE} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CorruptAdapter(f"{folder / CONFIG_FILE} is not a JSON object")
+    _refuse_unsupported(config, folder)
+    try:
+        tensors = load_safetensors(weight_bytes)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise CorruptAdapter(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
+    modules = _modules(config, tensors, spec, folder)
+    return _pack(digest, modules, spec, dtype=dtype, device=device)
+
+
+def _read_file(path: Path) -> bytes:
+    """Read once: what is hashed is what is parsed, so a file swapped in between cannot slip through."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorruptAdapter(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _content_digest(folder: Path, digest: str, contents: dict[str, bytes]) -> str:
+    """Return the digest of what was read: of the manifest, held against `digest` and the files.
+
+    A folder without a manifest does not come from the content-addressed store and keeps `digest`.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return digest
+    manifest_bytes = _read_file(path)
+    manifest_digest = f"sha256:{hashlib.sha256(manifest_bytes).hexdigest()}"
+    if manifest_digest != digest:
+        raise CorruptAdapter(f"{path} does not hash to the adapter's digest {digest}; fetch the adapter again")
+    recorded = {entry["path"]: entry["sha256"] for entry in json.loads(manifest_bytes)["files"]}
+    for name, content in contents.items():
+        found = hashlib.sha256(content).hexdigest()
+        if str(recorded.get(name, "")).removeprefix("sha256:") != found:
+            raise CorruptAdapter(
+                f"{folder / name} has changed since it was stored: sha256 {found} is not in its manifest"
+            )
+    return manifest_digest
+
+
+def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
+    """Raise UnsupportedAdapter for the first field that changes the result in a way not computed here."""
+    if config.get("peft_type") != "LORA":
+        raise UnsupportedAdapter(f"peft_type={config.get('peft_type')!r} in {folder} is not served; {WHAT_WORKS}")
+    if config.get("bias", "none") != "none":
+        raise UnsupportedAdapter(
+            f"bias={config['bias']!r} in {folder} (trained base biases) is not served; use bias='none'; {WHAT_WORKS}"
+        )
+    init = config.get("init_lora_weights", True)
+    if init not in BASE_KEEPING_INITS:
+        raise UnsupportedAdapter(
+            f"init_lora_weights={init!r} in {folder} changes the base model's weights; convert it to plain LoRA with "
+            f"save_pretrained(path_initial_model_for_weight_conversion=...); {WHAT_WORKS}"
+        )
+    for name, value in config.items():
+        if value and name not in HARMLESS_FIELDS and name not in HONOURED_FIELDS:
+            feature = FEATURE_NAMES.get(name, name)
+            raise UnsupportedAdapter(f"{feature} ({name}={value!r} in {folder}) is not served; {WHAT_WORKS}")
+
+
+def _modules(
+    config: dict[str, Any], tensors: dict[str, Tensor], spec: ModelSpec, folder: Path
+) -> dict[tuple[int, str], _Module]:
+    """Match the file's tensors with what the config targets, each with its rank and scaling; both must say the same."""
+    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = TENSOR_NAME.fullmatch(name)
+        if match is None or match["linear"] not in LINEAR_MODULES or int(match["layer"]) >= spec.num_layers:
+            raise UnsupportedAdapter(
+                f"tensor {name} in {folder} has no place in a {spec.num_layers}-layer {spec.model_type}; {WHAT_WORKS}"
+            )
+        found.setdefault((int(match["layer"]), match["linear"]), {})[match["side"]] = tensor
+    expected = {(layer, linear): name for layer, linear, name in _module_names(spec) if _is_target(config, name)}
+    if not expected:
+        raise UnsupportedAdapter(
+            f"target_modules={config.get('target_modules')!r} in {folder} names no linear of this model; {WHAT_WORKS}"
+        )
+    for key in expected.keys() ^ found.keys():
+        layer, linear = key
+        where = "is not in the file" if key in expected else "is in the file but not targeted by the config"
+        raise CorruptAdapter(f"{folder}: LoRA of layer {layer} {linear} {where}")
+    return {key: _module(config, expected[key], sides, spec=spec, folder=folder) for key, sides in found.items()}
+
+
+def _module_names(spec: ModelSpec) -> Iterator[tuple[int, str, str]]:
+    """Yield (layer, linear, the module's full name in transformers)."""
+    for layer in range(spec.num_layers):
+        for linear in LINEAR_MODULES:
+            block = "self_attn" if linear in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+            yield layer, linear, f"model.layers.{layer}.{block}.{linear}"
+
+
+def _is_target(config: dict[str, Any], name: str) -> bool:
+    """Say whether PEFT would adapt the module `name` under this config."""
+    excluded = config.get("exclude_modules")
+    if excluded and _names_match(excluded, name):
+        return False
+    targets = config.get("target_modules") or []
+    if not _names_match(targets, name):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == [] or isinstance(targets, str) or name in targets:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
+        if match:
+            return int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _names_match(targets: str | list[str], name: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _by_pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _module(config: dict[str, Any], name: str, sides: dict[str, Tensor], *, spec: ModelSpec, folder: Path) -> _Module:
+    """Check one module's A and B and compute its scaling."""
+    rank = int(_by_pattern(config.get("rank_pattern"), name, config.get("r", 8)))
+    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    if rank < 1:
+        raise CorruptAdapter(f"{folder}: rank {rank} of {name} is not positive")
+    out_size, in_size = spec.linear_shape(name.rsplit(".", 1)[1])
+    for side, shape in (("A", (rank, in_size)), ("B", (out_size, rank))):
+        tensor = sides.get(side)
+        if tensor is None:
+            raise CorruptAdapter(f"{folder} lacks the tensor {name}.lora_{side}.weight")
+        if tuple(tensor.shape) != shape:
+            raise CorruptAdapter(
+                f"tensor {name}.lora_{side}.weight in {folder} is {list(tensor.shape)}; config says {list(shape)}"
+            )
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise CorruptAdapter(
+                f"tensor {name}.lora_{side}.weight in {folder} holds values that are not finite numbers"
+            )
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return _Module(sides["A"], sides["B"], scaling)
+
+
+def _pack(
+    digest: str, modules: dict[tuple[int, str], _Module], spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
+) -> Adapter:
+    """Pack all modules at true rank, layer by layer: A rows of a group, then each B scaled, as rank rows."""
+    num_elements = sum(module.a.numel() + module.b.numel() for module in modules.values())
+    buffer = torch.empty(num_elements, dtype=dtype)
+    layout: list[dict[str, tuple[int, int, int, list[tuple[int, int, int]]] | None]] = []
+    end = 0
+
+    def append(values: Tensor) -> int:
+        nonlocal end
+        start, end = end, end + values.numel()
+        buffer[start:end].view(values.shape).copy_(values)
+        return start
+
+    for layer in range(spec.num_layers):
+        layout.append({})
+        for group, linears in GROUPS.items():
+            present = [(linear, modules[layer, linear]) for linear in linears if (layer, linear) in modules]
+            if not present:
+                layout[-1][group] = None
+                continue
+            a_start = append(torch.cat([module.a.float() for _, module in present]))
+            b_starts = [
+                (append(module.b.float().t() * module.scaling), module.a.shape[0], linears.index(linear))
+                for linear, module in present
+            ]
+            layout[-1][group] = (a_start, sum(rank for _, rank, _ in b_starts), present[0][1].a.shape[1], b_starts)
+    buffer = buffer.to(device)
+    groups = tuple({group: _views(buffer, entry, group, spec) for group, entry in row.items()} for row in layout)
+    return Adapter(digest, groups, num_elements * dtype.itemsize, buffer)
+
+
+def _views(
+    buffer: Tensor, entry: tuple[int, int, int, list[tuple[int, int, int]]] | None, group: str, spec: ModelSpec
+) -> LoraGroup | None:
+    """Turn one group's offsets into views of the buffer."""
+    if entry is None:
+        return None
+    a_start, num_rows, in_size, b_starts = entry
+    sizes = [spec.linear_shape(linear)[0] for linear in GROUPS[group]]
+    parts, rank_start = [], 0
+    for b_start, rank, position in b_starts:
+        out_start, out_size = sum(sizes[:position]), sizes[position]
+        b = buffer[b_start : b_start + rank * out_size].view(rank, out_size)
+        parts.append(LoraPart(rank_start, rank_start + rank, out_start, out_start + out_size, b))
+        rank_start += rank
+    return LoraGroup(buffer[a_start : a_start + num_rows * in_size].view(num_rows, in_size), tuple(parts))

@@ -1,0 +1,91 @@
+"""Lays one step's sequences into the flat tensors that the forward reads.
+
+rows       0    1    2 | 3 | 4 | 5    6        one sequence after the other, equal adapters next to each other
+token_ids  a0   a1   a2  b7  c4  d3   d4
+positions  0    1    2   7   4   3    4
+runs       [0, 3)      [3,4) [4,5) [5, 7)      attention; a sequence's newest tokens
+logit_rows           2   3   4        6        last row of each sequence whose next token can be chosen
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionPlan, AttentionRun
+from kernels.segments import BASE_ROW, Segment, build_segments
+from serve_apps.engine.adapter import Adapter
+from serve_apps.engine.scheduler import Scheduled
+from serve_apps.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step. token_ids, positions, slot_mapping: int64 [T]; logit_rows: int64 [sequences that get a token]."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    logit_rows: Tensor
+    attention: AttentionPlan
+    adapters: tuple[Adapter, ...]
+    segments: tuple[Segment, ...]
+
+
+def build_batch(plan: list[Scheduled], *, block_size: int, device: torch.device) -> StepBatch:
+    """Lay out `plan`, which is sorted by adapter."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slot_mapping: list[int] = []
+    logit_rows: list[int] = []
+    runs: list[AttentionRun] = []
+    adapters: dict[str, Adapter] = {}
+    adapter_runs: list[tuple[int, int]] = []
+    for item in plan:
+        sequence, row_start = item.sequence, len(token_ids)
+        context_len = sequence.num_computed + item.num_tokens
+        token_ids += sequence.token_ids[sequence.num_computed : context_len]
+        positions += range(sequence.num_computed, context_len)
+        slot_mapping += _slots(sequence, sequence.num_computed, context_len, block_size)
+        runs.append(_attention_run(sequence, item.num_tokens, row_start, block_size=block_size, device=device))
+        adapter_runs.append((_adapter_row(sequence, adapters), item.num_tokens))
+        if item.gives_token:
+            logit_rows.append(len(token_ids) - 1)
+    # One copy to the device for the three.
+    per_token = torch.tensor([token_ids, positions, slot_mapping], dtype=torch.int64).to(device)
+    return StepBatch(
+        token_ids=per_token[0],
+        positions=per_token[1],
+        slot_mapping=per_token[2],
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        attention=AttentionPlan(tuple(runs)),
+        adapters=tuple(adapters.values()),
+        segments=build_segments(adapter_runs),
+    )
+
+
+def _slots(sequence: Sequence, start: int, end: int, block_size: int) -> list[int]:
+    """Return the KV slots of positions [start, end)."""
+    blocks = sequence.blocks
+    return [blocks[position // block_size] * block_size + position % block_size for position in range(start, end)]
+
+
+def _attention_run(
+    sequence: Sequence, num_rows: int, row_start: int, *, block_size: int, device: torch.device
+) -> AttentionRun:
+    """Describe where a sequence's keys lie: as one run of slots where its blocks are neighbours, else as a list."""
+    context_len = sequence.num_computed + num_rows
+    blocks = sequence.blocks[: -(-context_len // block_size)]
+    slots = None
+    if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
+        slots = torch.tensor(_slots(sequence, 0, context_len, block_size), dtype=torch.int64, device=device)
+    return AttentionRun(row_start, num_rows, context_len, blocks[0] * block_size, slots)
+
+
+def _adapter_row(sequence: Sequence, adapters: dict[str, Adapter]) -> int:
+    """Return the sequence's index among the step's adapters, adding its adapter when it is the first to use it."""
+    if sequence.lease is None:
+        return BASE_ROW
+    adapter = sequence.lease.adapter
+    adapters.setdefault(adapter.digest, adapter)
+    return list(adapters).index(adapter.digest)

@@ -1,0 +1,212 @@
+"""The engine: add requests, step, take outputs. Free of Ray; one thread at a time (`AsyncEngine` owns that thread)."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serve_apps.engine.adapter import read_adapter
+from serve_apps.engine.adapter_pool import AdapterPool
+from serve_apps.engine.architecture import read_spec
+from serve_apps.engine.config import AdapterRef, EngineConfig, FinishReason, Output, Request, TokenLogprob
+from serve_apps.engine.errors import AdapterCacheFull, EngineError, InvalidRequest, PromptTooLong
+from serve_apps.engine.kv_cache import BlockAllocator
+from serve_apps.engine.runner import Runner, StepResult
+from serve_apps.engine.scheduler import Scheduled, Scheduler
+from serve_apps.engine.sequence import Choice, Sequence
+
+
+class Engine:
+    """Serves one base model and any number of its LoRA adapters in mixed batches."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load base model and tokenizer. Raises UnsupportedModel, CorruptModel, InvalidRequest.
+
+        `config.num_threads` sets torch's thread count for the whole process.
+        """
+        from transformers import AutoTokenizer
+
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.spec = read_spec(Path(config.base_path))
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(config.base_path, local_files_only=True)
+        self._runner = Runner(config, self.spec)
+        self.pool = AdapterPool(
+            partial(read_adapter, spec=self.spec, dtype=self._runner.dtype, device=self._runner.device),
+            budget_bytes=config.adapter_cache_bytes,
+        )
+        self._allocator = BlockAllocator(self._runner.num_blocks)
+        self._scheduler = Scheduler(
+            self._allocator,
+            self.pool,
+            block_size=config.kv_block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_step_tokens=config.max_step_tokens,
+        )
+        self._eos_token_ids = self.spec.eos_token_ids | (
+            set() if self.tokenizer.eos_token_id is None else {self.tokenizer.eos_token_id}
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._num_arrivals = self._num_steps = self._num_prefill_tokens = self._num_output_tokens = 0
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens that prompt and output may have together."""
+        return min(self._runner.max_model_len, self._runner.num_blocks * self.config.kv_block_size)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step would find work."""
+        return bool(self._sequences)
+
+    def add(self, request: Request) -> None:
+        """Queue a request, loading its adapter when it is not resident.
+
+        Raises PromptTooLong, InvalidRequest (empty prompt, token out of range, id in use), UnknownAdapter,
+        CorruptAdapter, UnsupportedAdapter, AdapterTooLarge; nothing is queued then. When every resident adapter is in
+        use the request is queued and waits.
+        """
+        self._check(request)
+        if request.adapter is not None:
+            self.prefetch(request.adapter)
+        room = self.max_model_len - len(request.prompt_token_ids)
+        sequence = Sequence(
+            request,
+            arrival=self._num_arrivals,
+            max_new_tokens=min(request.sampling.max_tokens, room),
+            tokenizer=self.tokenizer,
+        )
+        self._num_arrivals += 1
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def step(self) -> list[Output]:
+        """Schedule, run, commit: one forward pass over the next tokens of the running requests."""
+        outputs: list[Output] = []
+        plan = self._scheduler.schedule(lambda sequence, error: outputs.append(self._forget(sequence, error)))
+        if plan:
+            results = self._runner.run(plan)
+            self._num_steps += 1
+            for item, result in zip(plan, results, strict=True):
+                outputs += self._commit(item, result)
+        return outputs
+
+    def abort(self, request_id: str) -> Output | None:
+        """Drop a request at once and free what it holds; returns its last output, None when it is not known."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return None
+        output = _output(sequence, (), sequence.text.finish(), finish_reason="abort")
+        self._finish(sequence)
+        return output
+
+    def load(self, ref: AdapterRef) -> None:
+        """Make an adapter resident. Raises as `add`, and AdapterCacheFull when every resident adapter is in use."""
+        self.pool.load(ref)
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """As `load`, but a full cache is no error: the adapter is good and will be loaded when there is room.
+
+        Safe to call from another thread than the one that steps.
+        """
+        try:
+            self.pool.load(ref)
+        except AdapterCacheFull:
+            return
+
+    def unload(self, digest: str) -> bool:
+        """Free an adapter; False when it is not resident. Raises AdapterInUse while a request runs on it."""
+        return self.pool.unload(digest)
+
+    def stats(self) -> dict[str, object]:
+        """Return counters and gauges; cheap enough to poll."""
+        return {
+            "num_running": len(self._scheduler.running),
+            "num_waiting": len(self._scheduler.waiting),
+            "num_steps": self._num_steps,
+            "num_prefill_tokens": self._num_prefill_tokens,
+            "num_output_tokens": self._num_output_tokens,
+            "num_preemptions": self._scheduler.num_preemptions,
+            "kv_blocks": self._allocator.num_blocks,
+            "kv_blocks_free": self._allocator.num_free,
+            "max_model_len": self.max_model_len,
+            **self.pool.stats(),
+        }
+
+    def check_integrity(self) -> None:
+        """Assert that every block, lease and queue entry is accounted for."""
+        self._scheduler.check_integrity()
+        queued = {sequence.request.request_id for sequence in (*self._scheduler.waiting, *self._scheduler.running)}
+        assert queued == set(self._sequences), "a request is in no queue, or a queue holds a forgotten one"
+
+    def _check(self, request: Request) -> None:
+        """Raise for a request that can never run."""
+        prompt = request.prompt_token_ids
+        if request.request_id in self._sequences:
+            raise InvalidRequest(
+                f"request_id={request.request_id!r} is in use by an unfinished request; choose another"
+            )
+        if not prompt:
+            raise InvalidRequest("prompt_token_ids is empty; give at least one token")
+        if len(prompt) >= self.max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens and max_model_len is {self.max_model_len}, which must leave room "
+                "for one new token; shorten the prompt or raise max_model_len"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self.spec.vocab_size:
+            raise InvalidRequest(f"prompt_token_ids holds an id outside 0..{self.spec.vocab_size - 1}")
+
+    def _commit(self, item: Scheduled, result: StepResult) -> list[Output]:
+        """Take one sequence's result into its state; return its output, if it got a token or failed."""
+        sequence = item.sequence
+        if isinstance(result, Exception):
+            self._runner.kv.zero(sequence.blocks)
+            return [self._forget(sequence, result)]
+        if item.num_tokens > 1 or sequence.num_output_tokens == 0:
+            self._num_prefill_tokens += item.num_tokens
+        sequence.num_computed += item.num_tokens
+        if result is None:
+            return []
+        self._num_output_tokens += 1
+        text, finish_reason = sequence.append(result.token_id, self._eos_token_ids)
+        output = _output(sequence, (result,), text, finish_reason=finish_reason)
+        if finish_reason is not None:
+            self._finish(sequence)
+        return [output]
+
+    def _forget(self, sequence: Sequence, error: Exception) -> Output:
+        """End a sequence that failed, saying why."""
+        message = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        output = _output(sequence, (), sequence.text.finish(), finish_reason="error", error=message)
+        self._finish(sequence)
+        return output
+
+    def _finish(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.request_id]
+        self._scheduler.remove(sequence)
+
+
+def _output(
+    sequence: Sequence,
+    choices: tuple[Choice, ...],
+    text: str,
+    *,
+    finish_reason: FinishReason | None,
+    error: str | None = None,
+) -> Output:
+    request = sequence.request
+    logprobs: tuple[TokenLogprob, ...] = tuple(choice.logprob for choice in choices if choice.logprob is not None)
+    return Output(
+        request_id=request.request_id,
+        new_token_ids=tuple(choice.token_id for choice in choices),
+        text=text,
+        finished=finish_reason is not None,
+        finish_reason=finish_reason,
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_output_tokens=sequence.num_output_tokens,
+        adapter_digest=sequence.adapter_digest,
+        error=error,
+        logprobs=None if request.sampling.logprobs is None else logprobs,
+    )

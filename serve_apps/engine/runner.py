@@ -1,0 +1,82 @@
+"""Owns the model and the KV cache; runs one step and finds out whose fault it is when that fails."""
+
+from pathlib import Path
+
+import torch
+
+from serve_apps.engine.architecture import ModelSpec
+from serve_apps.engine.batch import build_batch
+from serve_apps.engine.config import EngineConfig
+from serve_apps.engine.errors import InvalidRequest
+from serve_apps.engine.kv_cache import KvCache, block_bytes
+from serve_apps.engine.model import Model
+from serve_apps.engine.sampler import NotFinite, sample
+from serve_apps.engine.scheduler import Scheduled
+from serve_apps.engine.sequence import Choice
+from serve_apps.engine.weights import load_weights
+
+# The default cache holds max_num_seqs full sequences, but on the CPU at most this (pages are taken on first use).
+MAX_DEFAULT_CPU_KV_BYTES = 4 << 30
+# ... and on CUDA never more than this share of what is free once the weights are loaded: adapters need room too.
+MAX_DEFAULT_CUDA_SHARE = 0.5
+
+StepResult = Choice | Exception | None
+
+
+class Runner:
+    """Weights, cache and the step. Errors of a step come back as values, one per sequence concerned."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec) -> None:
+        """Load the weights. Raises CorruptModel, InvalidRequest (device)."""
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.device = _device(config.device)
+        self.max_model_len = min(config.max_model_len, spec.max_positions)
+        weights = load_weights(Path(config.base_path), spec, dtype=self.dtype, device=self.device)
+        self.model = Model(spec, weights, max_positions=self.max_model_len)
+        self.num_blocks = config.num_kv_blocks or self._default_num_blocks(config, spec)
+        self._block_size = config.kv_block_size
+        self.kv = KvCache(
+            spec, num_blocks=self.num_blocks, block_size=config.kv_block_size, dtype=self.dtype, device=self.device
+        )
+
+    def run(self, plan: list[Scheduled]) -> list[StepResult]:
+        """Run one step; per item the chosen token, None where prefill goes on, or the exception that concerns it.
+
+        When the batch as a whole raises (out of memory included), each sequence runs by itself: those that raise again
+        are at fault, the others keep their result. Writing the same keys and values twice does no harm.
+        """
+        try:
+            return self._run_together(plan)
+        except Exception as error:
+            if len(plan) == 1:
+                return [error]
+        return [result for item in plan for result in self.run([item])]
+
+    def _run_together(self, plan: list[Scheduled]) -> list[StepResult]:
+        choosing = [item.sequence for item in plan if item.gives_token]
+        with torch.inference_mode():
+            batch = build_batch(plan, block_size=self._block_size, device=self.device)
+            logits = self.model.forward(batch, self.kv)
+            choices: list[Choice | NotFinite] = sample(logits, choosing) if choosing else []
+        chosen = iter(choices)
+        return [next(chosen) if item.gives_token else None for item in plan]
+
+    def _default_num_blocks(self, config: EngineConfig, spec: ModelSpec) -> int:
+        one_block = block_bytes(spec, block_size=config.kv_block_size, dtype=self.dtype)
+        wanted = config.max_num_seqs * -(-self.max_model_len // config.kv_block_size)
+        allowed = MAX_DEFAULT_CPU_KV_BYTES
+        if self.device.type == "cuda":
+            allowed = int(torch.cuda.mem_get_info(self.device)[0] * MAX_DEFAULT_CUDA_SHARE)
+        return max(1, min(wanted, allowed // one_block))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidRequest(f"device={name!r} is not one; use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device={name!r} is not served; use cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest(f"device={name!r}: torch finds no CUDA device here; use device='cpu'")
+    return device

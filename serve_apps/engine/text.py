@@ -1,0 +1,60 @@
+"""Turns a growing list of tokens into text deltas that never hold part of a character or of a stop string."""
+
+from typing import Any
+
+REPLACEMENT = "\ufffd"
+# Tokens of the prompt decoded along, so that a tokenizer that writes spaces by context does so (sentencepiece).
+CONTEXT_TOKENS = 6
+
+
+class TextStream:
+    """Incremental decoding of one sequence. `tokenizer` is a transformers tokenizer; special tokens give no text."""
+
+    def __init__(self, tokenizer: Any, prompt_token_ids: tuple[int, ...], *, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._token_ids = list(prompt_token_ids[-CONTEXT_TOKENS:])
+        # Tokens [0, _prefix) are done with; the text of [_prefix, _read) has been taken over already.
+        self._prefix = 0
+        self._read = len(self._token_ids)
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Add one token and return the text that is now certain; sets `is_stopped` when a stop string came."""
+        self._token_ids.append(token_id)
+        done, known = self._decode(self._prefix, self._read), self._decode(self._prefix, len(self._token_ids))
+        if len(known) <= len(done) or known.endswith(REPLACEMENT):
+            return ""
+        self._prefix, self._read = self._read, len(self._token_ids)
+        return self._release(self._held + known[len(done) :])
+
+    def finish(self) -> str:
+        """Return the text held back in case a stop string came. Bytes of an unfinished character are dropped."""
+        held, self._held = self._held, ""
+        if self.is_stopped:
+            return ""
+        done, known = self._decode(self._prefix, self._read), self._decode(self._prefix, len(self._token_ids))
+        return held + known[len(done) :].rstrip(REPLACEMENT)
+
+    def _release(self, text: str) -> str:
+        """Split `text` into what can go out and what may be the start of a stop string."""
+        hits = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if hits:
+            self.is_stopped = True
+            self._held = ""
+            return text[: min(hits)[0]]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _decode(self, start: int, end: int) -> str:
+        text: str = self._tokenizer.decode(
+            self._token_ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
