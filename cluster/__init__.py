@@ -1,0 +1,1 @@
+"""The trailmark command, jobs and the local cluster."""

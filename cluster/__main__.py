@@ -1,0 +1,5 @@
+"""`python -m cluster`: the `trailmark` command of this very interpreter."""
+
+from cluster.cli import main
+
+main()

@@ -1,0 +1,163 @@
+"""`trailmark verify` and `trailmark log`: check a file offline, look at the log, take proofs out of it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from attribution.log.verify import Verified
+    from attribution.trail import Entry
+
+KEYS_OPTION = typer.Option("--keys", help="Trust file: {version, log, keys}. Default: trust.json of the home folder.")
+OUT_OPTION = typer.Option("--out", "-o", help="Write to this file instead of the screen.")
+SHOWN_LAST = ("log", "tree_size", "root", "keys")
+
+log_app = typer.Typer(help="Look at the transparency log and take proofs out of it.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `verify` and `log` to the command."""
+    app.command()(verify)
+    app.add_typer(log_app, name="log")
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(help="A receipt or record proof (JSON).")],
+    keys: Annotated[Path | None, KEYS_OPTION] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print checks and facts as one JSON object.")] = False,
+) -> None:
+    """Verify a receipt or record proof offline: no network, no log, no cluster. Exits 1 when a check fails."""
+    from attribution.log.proved import VerifyError
+    from attribution.log.verify import Trust, verify_file
+    from configs.env import home
+
+    try:
+        verified = verify_file(file, trust=Trust.load(keys or home() / "trust.json"))
+    except VerifyError as error:
+        if as_json:
+            typer.echo(json.dumps({"verified": False, "check": error.check, "reason": error.reason}))
+        else:
+            typer.secho(f"NOT VERIFIED  {file}", fg=typer.colors.RED, bold=True, err=True)
+            typer.echo(f"  failed check: {error.check}\n  {error.reason}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        result = {"verified": True, "kind": verified.kind, "checks": verified.checks, "facts": verified.facts}
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    _print_verified(file, verified)
+
+
+@log_app.command("show")
+def show(
+    leaf: Annotated[
+        str | None, typer.Argument(help="Leaf hash, its beginning, or index: show that entry whole.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Only entries of this kind.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many of the newest entries.")] = 20,
+) -> None:
+    """List the newest entries, or show one."""
+    from attribution.trail import Trail
+
+    trail = Trail.open(create=False)
+    if leaf is None:
+        _print_table(list(trail.entries(kind=kind))[-count:], total=trail.log.size)
+    else:
+        typer.echo(json.dumps(_entry_json(trail.entry(trail.leaf_hash(leaf))), indent=2, ensure_ascii=False))
+
+
+@log_app.command("checkpoint")
+def checkpoint() -> None:
+    """Print the signed checkpoint, after checking every entry against it."""
+    from attribution.trail import Trail
+
+    typer.echo(Trail.open(create=False).log.checkpoint, nl=False)
+
+
+@log_app.command("proof")
+def proof(
+    leaf: Annotated[str, typer.Argument(help="Leaf hash, its beginning, or index.")],
+    out: Annotated[Path | None, OUT_OPTION] = None,
+) -> None:
+    """Write a record's offline proof with those of its ancestors, for `trailmark verify`."""
+    from attribution.lineage import record_bundle
+    from attribution.trail import Trail
+
+    trail = Trail.open(create=False)
+    _write(record_bundle(trail, trail.leaf_hash(leaf)), out)
+
+
+@log_app.command("receipt")
+def receipt(
+    receipt_id: Annotated[str, typer.Argument(help="Receipt id, or its beginning.")],
+    out: Annotated[Path | None, OUT_OPTION] = None,
+) -> None:
+    """Write a completion's receipt with all that is needed to verify it offline."""
+    from attribution.receipts import receipt_bundle
+    from attribution.trail import Trail
+
+    _write(receipt_bundle(Trail.open(create=False), receipt_id), out)
+
+
+def _write(value: dict[str, Any], out: Path | None) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    out.write_text(text, encoding="utf-8")
+    typer.echo(f"{out}: {len(text.encode()) / 1000:.0f} kB; check it with `trailmark verify {out}`")
+
+
+def _print_verified(file: Path, verified: "Verified") -> None:
+    typer.secho(f"VERIFIED  {file}  ({verified.kind})", fg=typer.colors.GREEN, bold=True)
+    for check in verified.checks:
+        name, _, rest = check.partition(": ")
+        typer.echo(f"  ok  {name:<13} {rest}")
+    facts = dict(verified.facts)
+    people = facts.pop("contributors")
+    for name in [*(key for key in facts if key not in SHOWN_LAST), *SHOWN_LAST]:
+        _print_fact(name, facts[name])
+    if people:
+        typer.echo("\n  contributors            rows given  rows kept   key")
+    for person in people:
+        typer.echo(
+            f"  {person['name'][:22]:<22} {person['num_rows']:>11} {person['num_kept']:>10}   {person['key_id'][:16]}"
+        )
+
+
+def _print_fact(name: str, value: Any) -> None:
+    if name == "keys":
+        for key_id, whose in value.items():
+            typer.echo(f"  {'key used':<20} {key_id} ({whose})")
+    elif isinstance(value, dict | list):
+        typer.echo(f"  {name:<20} {json.dumps(value, ensure_ascii=False)}")
+    elif value is not None:
+        typer.echo(f"  {name:<20} {value}")
+
+
+def _print_table(entries: "list[Entry]", *, total: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from attribution.lineage import label_of
+    from attribution.log.facts import utc
+
+    table = Table(title=f"{total} entries", title_justify="left", box=None)
+    for heading in ("index", "time", "kind", "what", "leaf"):
+        table.add_column(heading, no_wrap=heading != "what")
+    for entry in entries:
+        table.add_row(str(entry.index), utc(entry.leaf.time_us), entry.leaf.kind, label_of(entry), entry.leaf_hash[:16])
+    Console().print(table)
+
+
+def _entry_json(entry: "Entry") -> dict[str, Any]:
+    """The public leaf and the private statement, as they are."""
+    from attribution.records import statement_of
+
+    return {
+        "index": entry.index,
+        "leaf_hash": entry.leaf_hash,
+        "leaf": entry.leaf.to_json(),
+        "statement": "erased" if entry.record is None else statement_of(entry.record),
+    }
