@@ -1,0 +1,102 @@
+"""The Ray shells: appends are durable and never wait for a gradient, a scorer answers as the library does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from attribution import actors
+from attribution.bodies import ApprovalBody
+from attribution.influence.who import ExplainError, ExplainSettings, explain
+from attribution.receipts import find_receipt, new_receipt_id
+from attribution.store import digest_of
+from attribution.trail import Trail
+from configs.schema import AttributionSettings
+from tests.attribution.influence.planted import plant
+from tests.attribution.influence.planted_home import PlantedHome, furnish, receipt_row
+
+pytestmark = pytest.mark.ray
+SETTINGS = AttributionSettings(num_scorers=1, num_bootstrap=100)
+
+
+@pytest.fixture(scope="module")
+def home(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> PlantedHome:
+    folder = tmp_path_factory.mktemp("actors")
+    return furnish(folder / "home", plant(tiny_base, folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def started(ray_cluster: str, home: PlantedHome) -> Iterator[PlantedHome]:
+    actors.start(home.trail.home, SETTINGS)
+    yield home
+    actors.stop()
+
+
+def batch(home: PlantedHome, question: str = "What do bees make?") -> list[Any]:
+    return [receipt_row(home.trail, new_receipt_id(), question, ([3, 4], [5]), base=home.base, adapter=home.adapter)]
+
+
+def test_completions_are_in_the_log_when_acknowledged(started: PlantedHome) -> None:
+    rows = batch(started)
+    leaf_hash = ray.get(actors.log_writer().append_completions.remote(rows, "replica-0"))
+    stored = find_receipt(Trail.open(started.trail.home), rows[0].receipt["id"])
+    assert stored is not None and stored.leaf_hash == leaf_hash
+
+
+def test_other_records_go_the_same_way(started: PlantedHome) -> None:
+    writer = actors.log_writer()
+    loaded = ray.get(writer.adapter_loaded.remote("replica-0", started.adapter, started.base))
+    body = ApprovalBody(digest_of(b"x"), "approved", "looks right")
+    approved = ray.get(writer.append.remote("approval", body, seed=4))
+    trail = Trail.open(started.trail.home)
+    adapter = trail.find(started.adapter)
+    assert adapter is not None and adapter.leaf_hash in trail.entry(loaded).leaf.parents
+    record = trail.entry(approved).record
+    assert record is not None and (record.body, record.seed) == (body, 4)
+
+
+def test_the_writer_has_no_torch(started: PlantedHome) -> None:
+    modules = ray.get(actors.log_writer().loaded_modules.remote())
+    assert "attribution" in modules
+    assert not {"torch", "transformers", "peft"} & set(modules)
+
+
+def test_a_busy_scorer_delays_no_acknowledgement(started: PlantedHome) -> None:
+    """Appends are acknowledged while long answers are being scored: none waits for the scorer to end."""
+    scorer, writer = actors.scorers()[0], actors.log_writer()
+    tokens = ([3, 4, 5, 6], [20 + number % 100 for number in range(250)])
+    rows = [
+        receipt_row(started.trail, new_receipt_id(), "q", tokens, base=started.base, adapter=started.adapter)
+        for _ in range(2)
+    ]
+    ray.get(writer.append_completions.remote(rows, "replica-0"))
+    explaining = [scorer.explain.remote(row.receipt["id"]) for row in rows]
+    for _ in range(3):
+        ray.get(writer.append_completions.remote(batch(started), "replica-0"))
+        _, unfinished = ray.wait(explaining, num_returns=len(explaining), timeout=0)
+        assert unfinished, "the scorer was done before the append: give it more to do"
+    assert {answer["receipt_id"] for answer in ray.get(explaining)} == {row.receipt["id"] for row in rows}
+
+
+def test_a_scorer_answers_as_the_library_does(started: PlantedHome) -> None:
+    receipt_id = started.receipts["What colour is grass?"]
+    remote = actors.explain_remotely(receipt_id)
+    local = explain(started.trail, receipt_id, ExplainSettings.of(SETTINGS)).to_dict()
+    assert remote == local
+    assert remote["contributors"][0]["name"] == "otto"
+    recorded = [e for e in Trail.open(started.trail.home).entries(kind="influence") if e.record is not None]
+    assert receipt_id in {entry.record.body.receipt_id for entry in recorded if entry.record}
+
+
+def test_a_mistake_comes_back_as_its_message(started: PlantedHome) -> None:
+    with pytest.raises(ExplainError, match=r"^receipt 'rcpt_nothing'"):
+        actors.explain_remotely("rcpt_nothing")
+
+
+def test_starting_again_leaves_what_runs(started: PlantedHome) -> None:
+    before = actors.log_writer()._actor_id
+    actors.start(started.trail.home, SETTINGS)
+    assert actors.log_writer()._actor_id == before
+    assert len(actors.scorers()) == SETTINGS.num_scorers

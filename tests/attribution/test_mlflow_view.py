@@ -1,0 +1,302 @@
+"""The MLflow view against a real server: what it writes, that it writes it once, and that nothing is lost."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attribution.mlflow_notes import Credit, credits_json, escape, note
+from attribution.mlflow_server import TAG_CONTRIBUTORS, TAG_DIGEST, TAG_LEAF, TAG_NOTE, ViewUnavailable
+from attribution.mlflow_traces import ASSESSMENT, ASSESSMENT_SHARES, NOBODY, trace_id_of
+from attribution.mlflow_view import MlflowView
+from attribution.records import Artefact
+from attribution.trail import Trail
+from tests.attribution.mlflow_process import MlflowProcess
+from tests.attribution.records_example import (
+    NUM_STEPS,
+    PEOPLE,
+    ExampleLog,
+    answer,
+    build_example_log,
+    digest_of,
+    explain,
+)
+
+QUESTIONS = {"Which lamp burns at Vellmoor?": "A green one.", "Who keeps Cape Ostrel?": "Ines Varga."}
+SHARES = {"Mira, lighthouses": (0.71, 0.56, 0.83), "Noor, lighthouses": (0.12, 0.02, 0.26)}
+DEAD_URI = "http://127.0.0.1:9"  # the discard port: nothing listens
+CATCH_UP_TIMEOUT_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowProcess]:
+    process = MlflowProcess(tmp_path_factory.mktemp("server") / "data")
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> ExampleLog:
+    folder = tmp_path_factory.mktemp("example")
+    example = build_example_log(Trail.open(folder / "home"), folder / "scratch")
+    answer(example, QUESTIONS)
+    answer(example, {"Which lamp burns at Vellmoor?": "I do not know."}, adapter=False)
+    explain(example, example.receipt_ids[0], SHARES)
+    explain(example, example.receipt_ids[1], {"Mira, lighthouses": (0.0, 0.0, 0.3)})
+    return example
+
+
+@pytest.fixture(scope="module")
+def view(log: ExampleLog, server: MlflowProcess) -> Iterator[MlflowView]:
+    """The view after its first sync."""
+    opened = MlflowView(log.trail, server.uri)
+    assert opened.sync() == 9  # refinement, base, adapter, benchmark, publication, two batches, two influences
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def client(view: MlflowView, server: MlflowProcess) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(server.uri, server.uri)
+
+
+@pytest.fixture(scope="module")
+def experiment_id(client: Any) -> str:
+    return str(client.get_experiment_by_name("trailmark").experiment_id)
+
+
+def run_of(client: Any, experiment_id: str, leaf: str) -> Any:
+    runs = client.search_runs([experiment_id], f"tags.`{TAG_LEAF}` = '{leaf}'")
+    assert len(runs) == 1
+    return client.get_run(runs[0].info.run_id)  # a search leaves out model inputs
+
+
+def model_of(client: Any, experiment_id: str, leaf: str) -> Any:
+    models = client.search_logged_models([experiment_id], filter_string=f"tags.`{TAG_LEAF}` = '{leaf}'")
+    assert len(models) == 1
+    return models[0]
+
+
+def counts(client: Any, experiment_id: str, log: ExampleLog) -> dict[str, int]:
+    train = run_of(client, experiment_id, log.adapter.leaf_hash)
+    traces = client.search_traces(locations=[experiment_id])
+    return {
+        "runs": len(client.search_runs([experiment_id])),
+        "models": len(client.search_logged_models([experiment_id])),
+        "versions": len(client.search_model_versions("name = 'facts'")),
+        "traces": len(traces),
+        "spans": sum(len(trace.data.spans) for trace in traces),
+        "assessments": sum(len(trace.info.assessments) for trace in traces),
+        "loss": len(client.get_metric_history(train.info.run_id, "loss")),
+        "inputs": len(train.inputs.dataset_inputs) + len(train.inputs.model_inputs),
+        "outputs": len(train.outputs.model_outputs),
+    }
+
+
+def test_training_is_a_run_with_its_curve_inputs_and_output(client: Any, experiment_id: str, log: ExampleLog) -> None:
+    run = run_of(client, experiment_id, log.adapter.leaf_hash)
+    steps = client.get_metric_history(run.info.run_id, "loss")
+    assert [metric.step for metric in steps] == list(range(1, NUM_STEPS + 1))
+    assert steps[0].timestamp == run.info.start_time < steps[-1].timestamp <= run.info.end_time
+    assert run.info.status == "FINISHED" and run.info.end_time == log.adapter.leaf.time_us // 1000
+    assert run.data.params["config.optimizer.lr"] == "0.001" and run.data.params["seed"] == "7"
+    assert run.data.tags[TAG_DIGEST] == digest_of(log.adapter)
+    people = json.loads(run.data.tags[TAG_CONTRIBUTORS])
+    assert {person["name"]: (person["given"], person["kept"]) for person in people} == PEOPLE
+    (refined,) = run.inputs.dataset_inputs
+    tags = {tag.key: tag.value for tag in refined.tags}
+    assert refined.dataset.digest == digest_of(log.refinement).removeprefix("sha256:")[:32]
+    assert tags[TAG_DIGEST] == digest_of(log.refinement) and tags["mlflow.data.context"] == "training"
+    base = model_of(client, experiment_id, log.base.leaf_hash)
+    adapter = model_of(client, experiment_id, log.adapter.leaf_hash)
+    assert [item.model_id for item in run.inputs.model_inputs] == [base.model_id]
+    assert [item.model_id for item in run.outputs.model_outputs] == [adapter.model_id]
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert files == {"lineage.html", "record.json", "config.json"}
+
+
+def test_refinement_lists_every_contribution(client: Any, experiment_id: str, log: ExampleLog) -> None:
+    run = run_of(client, experiment_id, log.refinement.leaf_hash)
+    contexts = [
+        next(tag.value for tag in item.tags if tag.key == "mlflow.data.context") for item in run.inputs.dataset_inputs
+    ]
+    assert sorted(contexts) == ["contributed"] * len(PEOPLE) + ["refined"]
+    assert run.data.metrics["rows.kept"] == sum(kept for _, kept in PEOPLE.values())
+    assert run.data.metrics["rows.dropped.exact_duplicate"] == 24
+
+
+def test_adapter_is_a_model_with_its_benchmark_page_and_note(
+    client: Any, experiment_id: str, log: ExampleLog, tmp_path: Path
+) -> None:
+    adapter = model_of(client, experiment_id, log.adapter.leaf_hash)
+    metrics = {metric.key: metric for metric in adapter.metrics}
+    assert metrics["contains"].value == pytest.approx(0.9)
+    assert metrics["contains"].dataset_name == "fictional-facts"
+    assert metrics["final_loss"].dataset_name == "facts-refined"
+    assert adapter.status == "READY" and adapter.tags["trailmark.published"] == "facts@1"
+    text = adapter.tags[TAG_NOTE]
+    assert "Mira, lighthouses: 30 of 30 rows kept" in text and log.adapter.leaf_hash in text
+    assert "<script>" not in text
+    page = client.download_artifacts(
+        run_of(client, experiment_id, log.adapter.leaf_hash).info.run_id, "lineage.html", str(tmp_path)
+    )
+    assert log.adapter.leaf_hash in Path(page).read_text(encoding="utf-8")
+    assert [item.path for item in client.list_logged_model_artifacts(adapter.model_id)] == ["lineage.html"]
+
+
+def test_benchmark_run_takes_both_models_and_puts_out_none(client: Any, experiment_id: str, log: ExampleLog) -> None:
+    run = run_of(client, experiment_id, log.benchmark.leaf_hash)
+    models = {model_of(client, experiment_id, entry.leaf_hash).model_id for entry in (log.adapter, log.base)}
+    assert {item.model_id for item in run.inputs.model_inputs} == models
+    assert not run.outputs or not run.outputs.model_outputs
+    assert run.data.metrics["contains.base"] == 0.0
+    assert run.data.metrics["loss.change"] == pytest.approx(-3.5)
+
+
+def test_publication_is_a_version_with_alias(client: Any, experiment_id: str, log: ExampleLog) -> None:
+    version = client.get_model_version_by_alias("facts", "current")
+    assert version.tags[TAG_LEAF] == log.publication.leaf_hash and version.tags["trailmark.version"] == "1"
+    adapter = model_of(client, experiment_id, log.adapter.leaf_hash)
+    assert version.source == f"models:/{adapter.model_id}" and version.run_id == adapter.source_run_id
+
+
+def test_completions_are_traces_of_the_model_that_answered(client: Any, experiment_id: str, log: ExampleLog) -> None:
+    adapter = model_of(client, experiment_id, log.adapter.leaf_hash).model_id
+    base = model_of(client, experiment_id, log.base.leaf_hash).model_id
+    by_adapter = client.search_traces(
+        locations=[experiment_id], filter_string=f"metadata.`mlflow.modelId` = '{adapter}'"
+    )
+    by_base = client.search_traces(locations=[experiment_id], filter_string=f"metadata.`mlflow.modelId` = '{base}'")
+    assert {trace.info.client_request_id for trace in by_adapter} == set(log.receipt_ids[:2])
+    assert [trace.info.client_request_id for trace in by_base] == log.receipt_ids[2:]
+    trace = client.get_trace(trace_id_of(log.receipt_ids[0]))
+    assert (
+        trace.info.request_preview == "Which lamp burns at Vellmoor?" and trace.info.response_preview == "A green one."
+    )
+    assert trace.info.token_usage == {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
+    completion, provenance = sorted(trace.data.spans, key=lambda span: span.name)
+    assert completion.parent_id is None and provenance.parent_id == completion.span_id
+    assert provenance.inputs["log_leaf"] == log.completions[0].leaf_hash
+    assert provenance.outputs["adapter_record"] == log.adapter.leaf_hash
+    assert {person["name"] for person in provenance.outputs["contributors"]} == set(PEOPLE)
+    assert "- Mira, lighthouses: 30 of 30 rows kept" in provenance.outputs["summary"]
+    assert "base model alone" in by_base[0].data.spans[-1].outputs["summary"]
+
+
+def test_influence_is_assessed_on_its_trace(client: Any, log: ExampleLog) -> None:
+    items = {item.name: item for item in client.get_trace(trace_id_of(log.receipt_ids[0])).info.assessments}
+    assert items[ASSESSMENT].value == "Mira, lighthouses"
+    assert items[ASSESSMENT_SHARES].value == {"Mira, lighthouses": 0.71, "Noor, lighthouses": 0.12}
+    assert items[ASSESSMENT].metadata[TAG_LEAF] == log.influences[0].leaf_hash
+    assert "71.0% (56.0% to 83.0%)" in items[ASSESSMENT].rationale
+
+
+def test_a_share_of_nothing_names_nobody(client: Any, log: ExampleLog) -> None:
+    items = {item.name: item.value for item in client.get_trace(trace_id_of(log.receipt_ids[1])).info.assessments}
+    assert items == {ASSESSMENT: NOBODY, ASSESSMENT_SHARES: {"Mira, lighthouses": 0.0}}
+
+
+def test_a_second_sync_adds_nothing_even_without_its_cursor(
+    view: MlflowView, client: Any, experiment_id: str, log: ExampleLog, server: MlflowProcess, tmp_path: Path
+) -> None:
+    before = counts(client, experiment_id, log)
+    assert view.sync() == 0
+    fresh = MlflowView(log.trail, server.uri, cursor_file=tmp_path / "lost.sqlite")
+    assert fresh.sync() == 9
+    fresh.close()
+    assert counts(client, experiment_id, log) == before
+
+
+def test_what_was_altered_or_deleted_is_found_and_mended(
+    view: MlflowView, client: Any, experiment_id: str, log: ExampleLog
+) -> None:
+    assert view.reconcile(repair=False) == []
+    adapter = model_of(client, experiment_id, log.adapter.leaf_hash)
+    client.set_logged_model_tags(adapter.model_id, {TAG_CONTRIBUTORS: "[]"})
+    benchmark = run_of(client, experiment_id, log.benchmark.leaf_hash)
+    client.delete_run(benchmark.info.run_id)
+    client.delete_traces(experiment_id, trace_ids=[trace_id_of(log.receipt_ids[0])])
+    stranger = client.create_run(experiment_id, run_name="not ours")
+    found = {(item.problem, item.role) for item in view.reconcile(repair=False)}
+    assert found == {
+        ("altered", "model"),
+        ("missing", "run"),
+        ("missing", "trace"),
+        ("missing", "assessment"),
+        ("unknown", "run"),
+    }
+    left = view.reconcile()
+    assert [(item.problem, item.mlflow_id) for item in left] == [("unknown", stranger.info.run_id)]
+    client.delete_run(stranger.info.run_id)
+    assert view.reconcile(repair=False) == []
+
+
+def test_a_refused_record_is_set_aside_and_the_next_ones_go_on(
+    view: MlflowView, client: Any, experiment_id: str, log: ExampleLog
+) -> None:
+    from dataclasses import replace
+
+    assert log.benchmark.record is not None
+    body: Any = log.benchmark.record.body
+    spoiled = replace(body, metrics=(replace(body.metrics[0], metric="100% right?"),))
+    inputs = log.benchmark.record.inputs
+    refused = log.trail.record("benchmark", spoiled, inputs=inputs, outputs=[Artefact("table", "d", body.details)])
+    batch = answer(log, {"And then?": "It goes on."})
+    assert view.sync() == 1
+    assert [aside.log_index for aside in view.asides()] == [refused.index] and "100% right?" in view.asides()[0].error
+    assert client.get_trace(trace_id_of(log.receipt_ids[-1])).info.trace_metadata[TAG_LEAF] == batch.leaf_hash
+
+
+def test_away_server_moves_nothing_and_an_emptied_one_is_refilled_by_the_follower(
+    view: MlflowView, log: ExampleLog, server: MlflowProcess
+) -> None:
+    position = view.cursor.next_index
+    batch = answer(log, {"Is anyone there?": "Not now."})
+    away = MlflowView(log.trail, DEAD_URI)
+    with pytest.raises(ViewUnavailable, match="does not answer"):
+        away.sync()
+    assert away.cursor.next_index == position == batch.index
+    away.close()
+    view.close()
+    server.stop()
+    stop, caught_up = threading.Event(), threading.Event()
+
+    def follow() -> None:
+        follower = MlflowView(log.trail, server.uri)
+        follower.follow(
+            stop, interval_s=0.2, on_record=lambda entry: caught_up.set() if entry.index == batch.index else None
+        )
+        follower.close()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    server.empty()
+    server.start()
+    reached = caught_up.wait(CATCH_UP_TIMEOUT_S)
+    stop.set()
+    thread.join()
+    assert reached, "the follower did not write the newest record"
+    refilled = MlflowView(log.trail, server.uri)
+    assert refilled.sync() == 0
+    differences = refilled.reconcile(repair=False)
+    assert all(item.leaf == log.trail.entry(refilled.asides()[0].log_index).leaf_hash for item in differences)
+    refilled.close()
+
+
+def test_names_stay_text_in_notes_and_fit_into_tags(log: ExampleLog) -> None:
+    assert (
+        escape("a|b <i> [x](y) `z` _u_\nv") == "a&#124;b &#60;i&#62; &#91;x&#93;&#40;y&#41; &#96;z&#96; &#95;u&#95; v"
+    )
+    people = [Credit(f"{number:064x}", f"Person {number}", 10, number) for number in range(500)]
+    text = note("Summary.", log.adapter, people, digest=digest_of(log.adapter))
+    assert "- Person 499: 499 of 10 rows kept" in text and "- 470 more: " in text
+    tag = credits_json(people, max_chars=2000)
+    assert len(tag) <= 2000
+    shown = json.loads(tag)
+    assert shown[0]["name"] == "Person 499" and shown[-1]["more"] == 500 - len(shown) + 1

@@ -1,0 +1,142 @@
+"""Every op against its plain fp32 oracle: odd shapes, empty batches, adapter popularity, both attention layouts."""
+
+import pytest
+import torch
+
+from kernels import ops, reference
+from kernels.ops import AttentionPlan, AttentionRun, LoraGroup, LoraPart
+from kernels.segments import BASE_ROW, Segment, build_segments
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+DTYPES = list(TOLERANCE)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(actual.float(), expected.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 17), (2, 5, 64)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)
+    close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(0, 2, 4), (1, 1, 2), (5, 3, 10)])
+def test_rope(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    x = random(tokens, heads + 1, head_dim, dtype=dtype)[:, :heads]  # not contiguous, as a slice of packed q/k/v
+    angles = random(tokens, head_dim // 2, seed=2) * 10
+    cos, sin = angles.cos(), angles.sin()
+    signed_sin = torch.cat((-sin, sin), -1).to(dtype)
+    actual = ops.rope(x, torch.cat((cos, cos), -1).to(dtype), signed_sin)
+    close(actual, reference.rope(x, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 6), (1, 2), (7, 22)])
+def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = random(*shape, dtype=dtype)
+    close(ops.silu_mul(x), reference.silu_mul(x), dtype)
+
+
+def lora_group(in_size: int, outs: list[tuple[int, int, int]], *, seed: int, dtype: torch.dtype) -> LoraGroup:
+    """Return a group whose parts are (rank, first output column, number of columns)."""
+    parts, start = [], 0
+    for index, (rank, out_start, out_size) in enumerate(outs):
+        b = random(rank, out_size, dtype=dtype, seed=seed + index)
+        parts.append(LoraPart(start, start + rank, out_start, out_start + out_size, b))
+        start += rank
+    return LoraGroup(random(start, in_size, dtype=dtype, seed=seed + 99) / in_size**0.5, tuple(parts))
+
+
+POPULARITY = {
+    "none": [],
+    "base only": [(BASE_ROW, 6)],
+    "one": [(0, 7)],
+    "distinct": [(row, 1) for row in range(4)],
+    "uniform": [(0, 2), (1, 2), (2, 2), (3, 2)],
+    "zipf with base": [(BASE_ROW, 3), (2, 9), (0, 4), (3, 1)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_lora_add(popularity: str, dtype: torch.dtype) -> None:
+    runs = POPULARITY[popularity]
+    num_tokens = sum(count for _, count in runs)
+    groups = [
+        lora_group(13, [(2, 0, 6), (3, 6, 5)], seed=1, dtype=dtype),
+        lora_group(13, [(5, 6, 5)], seed=2, dtype=dtype),
+        lora_group(13, [(1, 0, 6)], seed=3, dtype=dtype),
+        None,
+    ]
+    x, y = random(num_tokens, 13, dtype=dtype), random(num_tokens, 11, dtype=dtype, seed=5)
+    segments = build_segments(runs)
+    expected = reference.lora_add(y, x, segments=segments, groups=groups)
+    before = y.clone()
+    ops.lora_add_(y, x, segments=segments, groups=groups)
+    close(y, expected, dtype)
+    untouched = torch.ones(num_tokens, dtype=torch.bool)
+    for segment in segments:
+        untouched[segment.start : segment.end] = groups[segment.adapter_row] is None
+    assert torch.equal(y[untouched], before[untouched])
+
+
+def test_segments_merge_neighbours_and_skip_the_base() -> None:
+    runs = [(BASE_ROW, 2), (1, 1), (1, 2), (0, 0), (4, 1)]
+    assert build_segments(runs) == (Segment(1, 2, 5), Segment(4, 5, 6))
+    assert build_segments([]) == ()
+
+
+def test_segments_refuse_a_scattered_adapter() -> None:
+    with pytest.raises(ValueError, match="not neighbours"):
+        build_segments([(0, 1), (1, 1), (0, 1)])
+
+
+def test_kv_write() -> None:
+    cache, new = random(9, 2, 4), random(3, 2, 4, seed=1)
+    slots = torch.tensor([8, 0, 5])
+    expected = reference.kv_write(cache, new, slots)
+    ops.kv_write_(cache, new, slots)
+    assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_paged_attention(heads: int, kv_heads: int, window: int | None, dtype: torch.dtype) -> None:
+    """Whole prefill, a later chunk, decode from neighbouring slots and decode from scattered ones, in one plan."""
+    keys, values = random(40, kv_heads, 8, dtype=dtype, seed=1), random(40, kv_heads, 8, dtype=dtype, seed=2)
+    scattered = torch.tensor([39, 3, 17, 5, 21])
+    runs = (
+        AttentionRun(0, 5, 5, 0),
+        AttentionRun(5, 3, 9, 10),
+        AttentionRun(8, 1, 7, 20),
+        AttentionRun(9, 1, 5, 39, scattered),
+        AttentionRun(10, 2, 5, 39, scattered),
+        AttentionRun(12, 1, 1, 38),
+    )
+    q = random(13, heads, 8, dtype=dtype)
+    expected = reference.paged_attention(q, keys, values, runs=runs, scale=0.3, window=window)
+    actual = ops.paged_attention(q, keys, values, plan=AttentionPlan(runs), scale=0.3, window=window)
+    close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_padded_decode_equals_the_oracle(window: int | None) -> None:
+    """The body that CUDA takes for decode rows, here on the CPU."""
+    keys, values = random(40, 2, 8, seed=1), random(40, 2, 8, seed=2)
+    runs = (AttentionRun(0, 1, 7, 20), AttentionRun(1, 1, 5, 39, torch.tensor([39, 3, 17, 5, 21])))
+    q = random(2, 4, 8)
+    actual = ops.attend_padded(q, keys, values, runs=runs, scale=0.3, window=window)
+    close(actual, reference.paged_attention(q, keys, values, runs=runs, scale=0.3, window=window), torch.float32)
+
+
+def test_attention_of_no_rows() -> None:
+    cache = random(4, 1, 8)
+    assert ops.paged_attention(random(0, 2, 8), cache, cache, plan=AttentionPlan(()), scale=1.0).shape == (0, 2, 8)

@@ -1,0 +1,47 @@
+"""What training refuses: names that would leave the home or could not be published, features beyond float16."""
+
+from pathlib import Path
+
+import pytest
+
+from attribution.trail import Trail
+from configs.schema import TrainSettings
+from pipelines.publish import PublishError
+from pipelines.train.driver import TrainError, train
+from pipelines.train.trace import AttemptStarted
+from tests.pipelines.train.refined import add_refined
+
+
+@pytest.mark.parametrize("name", ["../../x", "Facts", "a/b", ""])
+def test_a_name_that_cannot_be_published_is_refused_before_anything_else(
+    trail: Trail, tmp_path: Path, name: str
+) -> None:
+    add_refined(trail, tmp_path / "rows")
+    with pytest.raises(PublishError, match="use a-z, 0-9"):
+        train(trail, "facts", name=name, base="no-such-base", settings=TrainSettings())
+    assert not (trail.home / "run" / "train").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_features_beyond_float16_end_the_run_on_all_ranks_without_a_retry(
+    trail: Trail, tiny_base: Path, tmp_path: Path
+) -> None:
+    def enlarge(attempt: int, rank: int, step: int) -> None:
+        """Make every feature that this worker will compute too large."""
+        from pipelines.train.loop import GradientFeatures
+
+        if step == 1:
+            features = GradientFeatures.features
+            GradientFeatures.features = lambda *args, **kwargs: features(*args, **kwargs) * 1e9  # type: ignore[method-assign]
+
+    add_refined(trail, tmp_path / "rows")
+    size = trail.log.size
+    settings = TrainSettings(rank=2, max_steps=1, batch_size=4, max_length=64, num_workers=2)
+    events: list[object] = []
+    with pytest.raises(
+        TrainError, match=r"training stopped: gradients of step 1: largest feature .* train.learning_ra"
+    ):
+        train(trail, "facts", name="big", base=str(tiny_base), settings=settings, progress=events.append, hook=enlarge)
+    assert sum(isinstance(event, AttemptStarted) for event in events) == 1
+    assert [entry.leaf.kind for entry in trail.entries(start=size)] == ["base_model"]
