@@ -1,0 +1,70 @@
+"""LoRA of many adapters: their weights in one flat buffer at true rank, and the op that adds them to linear outputs.
+
+The buffer belongs to the engine's adapter pool, which moves adapters about in it; the table says where modules lie:
+
+    table[adapter row, layer, module] = (offset of A, offset of B, rank)      rank 0: the adapter leaves it alone
+    A: [rank, I] from `offset of A` on; B: [rank, O] (transposed, scaling folded in) from `offset of B` on
+
+Nothing is padded to a common rank, so bytes and products follow the true ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The table's third axis. Neighbours that read the same input are computed together: 0..2, 3, 4..5, 6."""
+
+
+@dataclass(frozen=True)
+class LoraPool:
+    """data: flat [W], float32 or the model's dtype; table: int64 [adapter rows, layers, 7, 3] on the same device.
+
+    `host_table` holds the same numbers on the CPU (on the CPU it is `table` itself).
+    """
+
+    data: Tensor
+    table: Tensor
+    host_table: Tensor
+
+
+@dataclass(frozen=True)
+class LoraStep:
+    """Which token belongs to which adapter in one step.
+
+    adapter_rows: int32 [T] on the device, -1 for the base model. segments: int32 [N, 3] on the CPU, one row (adapter
+    row, start, end) per run of neighbouring tokens of one adapter, base-model tokens left out, in order of start.
+    """
+
+    adapter_rows: Tensor
+    segments: Tensor
+
+
+def lora_add_(
+    y_TO: Tensor,
+    x_TI: Tensor,
+    *,
+    pool: LoraPool,
+    step: LoraStep,
+    layer: int,
+    modules: range,
+    out_bounds: Sequence[int],
+) -> None:
+    """Semantics: y[t, bounds[i]:bounds[i+1]] += B_m A_m x[t] in place, m = modules[i], for every token with an adapter.
+
+    x: [T, I], y: [T, O] contiguous, of the model's dtype; products are summed in fp32 at least. Tokens of the base
+    model and columns of modules that their adapter leaves alone are not touched.
+    """
+    for adapter_row, start, end in step.segments.tolist():
+        for index, module in enumerate(modules):
+            a_offset, b_offset, rank = pool.host_table[adapter_row, layer, module].tolist()
+            if not rank:
+                continue
+            columns = slice(out_bounds[index], out_bounds[index + 1])
+            a_RI = pool.data[a_offset : a_offset + rank * x_TI.shape[1]].view(rank, -1)
+            b_RO = pool.data[b_offset : b_offset + rank * (columns.stop - columns.start)].view(rank, -1)
+            dtype = torch.promote_types(pool.data.dtype, x_TI.dtype)
+            shrunk = x_TI[start:end].to(dtype) @ a_RI.to(dtype).t()
+            y_TO[start:end, columns] = (y_TO[start:end, columns].to(dtype) + shrunk @ b_RO.to(dtype)).to(y_TO.dtype)
