@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionRun, LoraGroup
-from kernels.segments import Segment
+from kernels.lora import LoraPool, LoraStep
+from kernels.ops import AttentionRun
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,15 +35,25 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
-def lora_add(y_TO: Tensor, x_TI: Tensor, *, segments: Sequence[Segment], groups: Sequence[LoraGroup | None]) -> Tensor:
-    """Return y plus each token's own adapter's B A x, token by token and part by part, in fp32."""
+def lora_add(
+    y_TO: Tensor,
+    x_TI: Tensor,
+    *,
+    pool: LoraPool,
+    step: LoraStep,
+    layer: int,
+    modules: range,
+    out_bounds: Sequence[int],
+) -> Tensor:
+    """Return y plus each token's own adapter's B A x, token by token and module by module, in fp32."""
     y = y_TO.float().clone()
-    for segment in segments:
-        group = groups[segment.adapter_row]
-        for token in range(segment.start, segment.end):
-            for part in group.parts if group is not None else ():
-                a = group.a_RI[part.rank_start : part.rank_end].float()  # type: ignore[union-attr]
-                y[token, part.out_start : part.out_end] += part.b_RO.float().t() @ (a @ x_TI[token].float())
+    for token, adapter_row in enumerate(step.adapter_rows.tolist()):
+        for module, out_start, out_end in zip(modules, out_bounds, out_bounds[1:], strict=False):
+            a_start, b_start, rank = pool.table[adapter_row, layer, module].tolist() if adapter_row >= 0 else (0, 0, 0)
+            for row in range(rank):
+                a_I = pool.data[a_start + row * x_TI.shape[1] :][: x_TI.shape[1]].float()
+                b_O = pool.data[b_start + row * (out_end - out_start) :][: out_end - out_start].float()
+                y[token, out_start:out_end] += b_O * (a_I @ x_TI[token].float())
     return y
 
 

@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from kernels.ops import LoraGroup, LoraPart
-from serve_apps.engine.architecture import GROUPS, LINEAR_MODULES, ModelSpec
+from serve_apps.engine.architecture import LINEAR_MODULES, ModelSpec
 from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.errors import CorruptAdapter, UnknownAdapter, UnsupportedAdapter
+from serve_apps.engine.packed_adapter import LoraWeights, PackedAdapter, pack
 
 CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 WHAT_WORKS = (
@@ -83,26 +82,7 @@ TENSOR_NAME = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter on its device: a packed buffer, and per layer and group of linears the views into it."""
-
-    digest: str
-    groups: tuple[dict[str, LoraGroup | None], ...]
-    num_bytes: int
-    buffer: Tensor
-
-
-@dataclass(frozen=True)
-class _Module:
-    """One adapted linear: A [rank, in], B [out, rank], and the factor on B A."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-
-def read_adapter(ref: AdapterRef, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> Adapter:
+def read_adapter(ref: AdapterRef, spec: ModelSpec, *, dtype: torch.dtype, pin: bool = False) -> PackedAdapter:
     """Read, check and pack the adapter at `ref.path`. Raises UnknownAdapter, CorruptAdapter or UnsupportedAdapter."""
     folder = Path(ref.path)
     if not (folder / CONFIG_FILE).is_file():
@@ -123,7 +103,7 @@ def read_adapter(ref: AdapterRef, spec: ModelSpec, *, dtype: torch.dtype, device
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CorruptAdapter(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
     modules = _modules(config, tensors, spec, folder)
-    return _pack(digest, modules, spec, dtype=dtype, device=device)
+    return pack(digest, modules, num_layers=spec.num_layers, dtype=dtype, pin=pin)
 
 
 def _read_file(path: Path) -> bytes:
@@ -178,7 +158,7 @@ def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
 
 def _modules(
     config: dict[str, Any], tensors: dict[str, Tensor], spec: ModelSpec, folder: Path
-) -> dict[tuple[int, str], _Module]:
+) -> dict[tuple[int, str], LoraWeights]:
     """Match the file's tensors with what the config targets, each with its rank and scaling; both must say the same."""
     found: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -241,7 +221,9 @@ def _by_pattern(patterns: dict[str, float] | None, name: str, default: float) ->
     return default
 
 
-def _module(config: dict[str, Any], name: str, sides: dict[str, Tensor], *, spec: ModelSpec, folder: Path) -> _Module:
+def _module(
+    config: dict[str, Any], name: str, sides: dict[str, Tensor], *, spec: ModelSpec, folder: Path
+) -> LoraWeights:
     """Check one module's A and B and compute its scaling."""
     rank = int(_by_pattern(config.get("rank_pattern"), name, config.get("r", 8)))
     alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
@@ -261,54 +243,4 @@ def _module(config: dict[str, Any], name: str, sides: dict[str, Tensor], *, spec
                 f"tensor {name}.lora_{side}.weight in {folder} holds values that are not finite numbers"
             )
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return _Module(sides["A"], sides["B"], scaling)
-
-
-def _pack(
-    digest: str, modules: dict[tuple[int, str], _Module], spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
-) -> Adapter:
-    """Pack all modules at true rank, layer by layer: A rows of a group, then each B scaled, as rank rows."""
-    num_elements = sum(module.a.numel() + module.b.numel() for module in modules.values())
-    buffer = torch.empty(num_elements, dtype=dtype)
-    layout: list[dict[str, tuple[int, int, int, list[tuple[int, int, int]]] | None]] = []
-    end = 0
-
-    def append(values: Tensor) -> int:
-        nonlocal end
-        start, end = end, end + values.numel()
-        buffer[start:end].view(values.shape).copy_(values)
-        return start
-
-    for layer in range(spec.num_layers):
-        layout.append({})
-        for group, linears in GROUPS.items():
-            present = [(linear, modules[layer, linear]) for linear in linears if (layer, linear) in modules]
-            if not present:
-                layout[-1][group] = None
-                continue
-            a_start = append(torch.cat([module.a.float() for _, module in present]))
-            b_starts = [
-                (append(module.b.float().t() * module.scaling), module.a.shape[0], linears.index(linear))
-                for linear, module in present
-            ]
-            layout[-1][group] = (a_start, sum(rank for _, rank, _ in b_starts), present[0][1].a.shape[1], b_starts)
-    buffer = buffer.to(device)
-    groups = tuple({group: _views(buffer, entry, group, spec) for group, entry in row.items()} for row in layout)
-    return Adapter(digest, groups, num_elements * dtype.itemsize, buffer)
-
-
-def _views(
-    buffer: Tensor, entry: tuple[int, int, int, list[tuple[int, int, int]]] | None, group: str, spec: ModelSpec
-) -> LoraGroup | None:
-    """Turn one group's offsets into views of the buffer."""
-    if entry is None:
-        return None
-    a_start, num_rows, in_size, b_starts = entry
-    sizes = [spec.linear_shape(linear)[0] for linear in GROUPS[group]]
-    parts, rank_start = [], 0
-    for b_start, rank, position in b_starts:
-        out_start, out_size = sum(sizes[:position]), sizes[position]
-        b = buffer[b_start : b_start + rank * out_size].view(rank, out_size)
-        parts.append(LoraPart(rank_start, rank_start + rank, out_start, out_start + out_size, b))
-        rank_start += rank
-    return LoraGroup(buffer[a_start : a_start + num_rows * in_size].view(num_rows, in_size), tuple(parts))
+    return LoraWeights(sides["A"], sides["B"], scaling)

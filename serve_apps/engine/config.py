@@ -7,6 +7,15 @@ from typing import Literal
 from serve_apps.engine.errors import InvalidRequest
 
 DTYPES = ("float32", "bfloat16", "float16")
+POSITIVE_FIELDS = (
+    "max_num_seqs",
+    "max_model_len",
+    "kv_block_size",
+    "max_step_tokens",
+    "adapter_cache_bytes",
+    "adapter_host_bytes",
+    "max_resident_adapters",
+)
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -16,7 +25,9 @@ class EngineConfig:
 
     `max_step_tokens` bounds the tokens of one forward pass (longer prompts are chunked); `num_kv_blocks` None means
     room for `max_num_seqs` sequences of `max_model_len`, at most the memory rule of `runner.default_num_kv_blocks`;
-    `num_threads` None leaves torch's own choice.
+    `num_threads` None leaves torch's own choice. `adapter_cache_bytes` and `max_resident_adapters` bound the adapters
+    on the device, `adapter_host_bytes` those kept in host memory behind them; `adapter_dtype` "auto" is float32 on the
+    CPU and the model's dtype on CUDA.
     """
 
     base_path: str
@@ -29,12 +40,19 @@ class EngineConfig:
     num_kv_blocks: int | None = None
     max_step_tokens: int = 512
     adapter_cache_bytes: int = 512 << 20
+    adapter_host_bytes: int = 1 << 30
+    adapter_dtype: str = "auto"
+    max_resident_adapters: int = 2048
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InvalidRequest(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
-        for name in ("max_num_seqs", "max_model_len", "kv_block_size", "max_step_tokens", "adapter_cache_bytes"):
+        if self.adapter_dtype not in ("auto", *DTYPES):
+            raise InvalidRequest(
+                f"adapter_dtype={self.adapter_dtype!r} is not supported; use auto or one of {', '.join(DTYPES)}"
+            )
+        for name in POSITIVE_FIELDS:
             _require_positive(name, getattr(self, name))
         for name in ("num_kv_blocks", "num_threads"):
             if getattr(self, name) is not None:

@@ -8,11 +8,12 @@ import torch
 
 from serve_apps.engine.adapter import read_adapter
 from serve_apps.engine.adapter_pool import AdapterPool
-from serve_apps.engine.architecture import read_spec
+from serve_apps.engine.architecture import ModelSpec, read_spec
 from serve_apps.engine.config import AdapterRef, EngineConfig, FinishReason, Output, Request, TokenLogprob
-from serve_apps.engine.errors import AdapterCacheFull, EngineError, InvalidRequest, PromptTooLong
+from serve_apps.engine.errors import EngineError, InvalidRequest, PromptTooLong
+from serve_apps.engine.host_tier import HostTier
 from serve_apps.engine.kv_cache import BlockAllocator
-from serve_apps.engine.runner import Runner, StepResult
+from serve_apps.engine.runner import Runner, StepResult, resolve_device
 from serve_apps.engine.scheduler import Scheduled, Scheduler
 from serve_apps.engine.sequence import Choice, Sequence
 
@@ -32,11 +33,9 @@ class Engine:
         self.config = config
         self.spec = read_spec(Path(config.base_path))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(config.base_path, local_files_only=True)
-        self._runner = Runner(config, self.spec)
-        self.pool = AdapterPool(
-            partial(read_adapter, spec=self.spec, dtype=self._runner.dtype, device=self._runner.device),
-            budget_bytes=config.adapter_cache_bytes,
-        )
+        device = resolve_device(config.device)
+        self.pool = _adapter_pool(config, self.spec, device)
+        self._runner = Runner(config, self.spec, lora_pool=self.pool.lora, device=device)
         self._allocator = BlockAllocator(self._runner.num_blocks)
         self._scheduler = Scheduler(
             self._allocator,
@@ -107,14 +106,11 @@ class Engine:
         self.pool.load(ref)
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """As `load`, but a full cache is no error: the adapter is good and will be loaded when there is room.
+        """Read and check an adapter, so that it waits in host memory. Raises as `add`; blocks while it reads.
 
         Safe to call from another thread than the one that steps.
         """
-        try:
-            self.pool.load(ref)
-        except AdapterCacheFull:
-            return
+        self.pool.prefetch(ref)
 
     def unload(self, digest: str) -> bool:
         """Free an adapter; False when it is not resident. Raises AdapterInUse while a request runs on it."""
@@ -186,6 +182,23 @@ class Engine:
     def _finish(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.request_id]
         self._scheduler.remove(sequence)
+
+
+def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device) -> AdapterPool:
+    """Build the two tiers of adapters; host buffers are page-locked where a GPU copies from them."""
+    name = config.adapter_dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else config.dtype
+    dtype: torch.dtype = getattr(torch, name)
+    read = partial(read_adapter, spec=spec, dtype=dtype, pin=device.type == "cuda")
+    return AdapterPool(
+        HostTier(read, budget_bytes=config.adapter_host_bytes),
+        num_layers=spec.num_layers,
+        budget_bytes=config.adapter_cache_bytes,
+        max_adapters=config.max_resident_adapters,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _output(

@@ -151,7 +151,7 @@ class Scheduler:
         except AdapterCacheFull:
             sequence.retry_after_release = self._pool.num_releases
             return False
-        sequence.adapter_digest = sequence.lease.adapter.digest
+        sequence.adapter_digest = sequence.lease.digest
         return True
 
     def _give_back(self, sequence: Sequence) -> None:

@@ -317,12 +317,13 @@ def test_sampling_is_refused_by_name(field: str, value: Any) -> None:
 
 
 def test_an_output_names_the_adapter_that_was_loaded_not_the_one_asked_for(
-    tiny_base: Path, strong_adapters: dict[str, Path]
+    tiny_base: Path, strong_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_for(tiny_base)
     adapter = ref(strong_adapters["strong-r2-mlp"])
     engine.load(adapter)
     engine.pool._resident[adapter.digest] = replace(engine.pool._resident[adapter.digest], digest="sha256:other")
+    monkeypatch.setattr(engine.pool, "end_lease", lambda digest: None)
     engine.add(request("r", prompts(engine, 1)[0], adapter))
     (output,) = engine.step()
     assert output.new_token_ids and output.adapter_digest == "sha256:other"
