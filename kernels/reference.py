@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.lora import LoraPool
 from kernels.ops import AttentionRun, LoraGroup
 from kernels.segments import Segment
 
@@ -103,3 +104,28 @@ def top_k_top_p(logits_V: Tensor, *, top_k: int, top_p: float, temperature: floa
     for token, weight in nucleus:
         probabilities[token] = weight / kept_total
     return probabilities
+
+
+def lora_pool_add(
+    y_TO: Tensor,
+    x_TI: Tensor,
+    *,
+    pool: LoraPool,
+    adapter_rows: Tensor,
+    layer: int,
+    modules: range,
+    out_bounds: Sequence[int],
+) -> Tensor:
+    """Return y plus each token's own adapter's B A x, token by token and module by module, in fp32."""
+    y = y_TO.float().clone()
+    for token, adapter_row in enumerate(adapter_rows.tolist()):
+        for index, module in enumerate(modules):
+            a_offset, b_offset, rank = pool.host_table[adapter_row, layer, module].tolist()
+            if adapter_row < 0 or not rank:
+                continue
+            columns = slice(out_bounds[index], out_bounds[index + 1])
+            width = columns.stop - columns.start
+            a = pool.data[a_offset : a_offset + rank * x_TI.shape[1]].view(rank, -1).float()
+            b = pool.data[b_offset : b_offset + rank * width].view(rank, width).float()
+            y[token, columns] += b.t() @ (a @ x_TI[token].float())
+    return y
