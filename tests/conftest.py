@@ -22,6 +22,13 @@ env.set_variables(
     }
 )
 
+import torch  # noqa: E402, after the thread count is set
+
+# Without a GPU Triton's kernels run in its interpreter. Triton must know when it is first imported, and transformers
+# imports it, so it is said here for every test.
+if not torch.cuda.is_available():
+    env.set_variables({"TRITON_INTERPRET": "1"})
+
 if TYPE_CHECKING:
     from attribution.trail import Trail
 
@@ -29,8 +36,6 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of a tiny Llama that knows `tests.tiny_model.QUESTIONS` by heart."""
-    import torch
-
     from tests.tiny_model import build_tiny_base
 
     torch.set_num_threads(1)
