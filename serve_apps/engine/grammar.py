@@ -17,7 +17,7 @@ MAX_SOURCE_CHARS = 64 << 10
 MAX_COMPILED = 64
 # White space between JSON tokens: none, one blank, or a new line with its indentation. Without a bound a model that
 # is unsure writes blanks for ever.
-JSON_WHITE_SPACE = r"(\n {0,24}| )?"
+JSON_WHITE_SPACE = r"(\n {0,8}| )?"
 _SILENT = 0
 
 
