@@ -93,23 +93,64 @@ def paged_attention(
     return out
 
 
-def top_k_top_p(logits_V: Tensor, *, top_k: int, top_p: float, temperature: float) -> list[float]:
+def edited_logits(
+    logits_V: Tensor,
+    *,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    repetition: float = 1.0,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+    bias: Sequence[tuple[int, float]] = (),
+    forbidden: Sequence[int] = (),
+) -> list[float]:
+    """Return one row's logits after penalties, biases and forbidden tokens, token by token in Python floats.
+
+    Repetition: https://arxiv.org/abs/1909.05858, over prompt and output; presence and frequency over the output, as
+    https://platform.openai.com/docs/api-reference defines them.
+    """
+    edited = []
+    for token, logit in enumerate(logits_V.tolist()):
+        if token in prompt or token in output:
+            logit = logit / repetition if logit > 0 else logit * repetition
+        count = list(output).count(token)
+        logit -= presence * (count > 0) + frequency * count
+        logit += dict(bias).get(token, 0.0)
+        edited.append(-math.inf if token in forbidden else logit)
+    return edited
+
+
+def top_k_top_p(
+    logits_V: Tensor | Sequence[float], *, top_k: int, top_p: float, temperature: float, min_p: float = 0.0
+) -> list[float]:
     """Return the distribution that sampling draws from, computed in Python floats.
 
-    Keep the `top_k` best (0: all), then the fewest of them whose share reaches `top_p`; ties go to the lower id.
+    Keep the `top_k` best (0: all), then the fewest of them whose share reaches `top_p` (1: all), of these the ones at
+    least `min_p` times as likely as the best; ties go to the lower id.
     """
-    order = sorted(range(len(logits_V)), key=lambda token: (-float(logits_V[token]), token))
+    logits = [float(logit) for logit in logits_V]
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     kept = order[:top_k] if top_k else order
-    best = float(logits_V[kept[0]])
-    weights = [math.exp((float(logits_V[token]) - best) / temperature) for token in kept]
+    weights = [math.exp((logits[token] - logits[kept[0]]) / temperature) for token in kept]
     total, running, nucleus = sum(weights), 0.0, []
     for token, weight in zip(kept, weights, strict=True):
-        nucleus.append((token, weight))
+        if weight >= min_p:
+            nucleus.append((token, weight))
         running += weight / total
-        if running >= top_p:
+        if top_p < 1 and running >= top_p:
             break
     kept_total = sum(weight for _, weight in nucleus)
     probabilities = [0.0] * len(order)
     for token, weight in nucleus:
         probabilities[token] = weight / kept_total
     return probabilities
+
+
+def pick(probabilities: Sequence[float], order: Sequence[int], point: float) -> int:
+    """Return the first token, taken in `order`, at which the summed probability exceeds `point`."""
+    running = 0.0
+    for token in order:
+        running += probabilities[token]
+        if running > point and probabilities[token] > 0:
+            return token
+    return max(range(len(probabilities)), key=probabilities.__getitem__)

@@ -61,6 +61,8 @@ class AsyncEngine:
         """
         if request.adapter is not None:
             await asyncio.to_thread(self._engine.prefetch, request.adapter)
+        if request.sampling.grammar is not None:
+            await asyncio.to_thread(self._engine.prepare, request)
         listener = _Listener()
         self._submit(lambda: self._add(request, listener))
         is_finished = False

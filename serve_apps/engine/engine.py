@@ -11,6 +11,7 @@ from serve_apps.engine.adapter_pool import AdapterPool
 from serve_apps.engine.architecture import ModelSpec, read_spec
 from serve_apps.engine.config import AdapterRef, EngineConfig, FinishReason, Output, Request, TokenLogprob
 from serve_apps.engine.errors import EngineError, InvalidRequest, PromptTooLong
+from serve_apps.engine.grammar import Grammars, GrammarState
 from serve_apps.engine.host_tier import HostTier
 from serve_apps.engine.kv_cache import BlockAllocator
 from serve_apps.engine.runner import Runner, StepResult, resolve_device
@@ -47,6 +48,7 @@ class Engine:
         self._eos_token_ids = self.spec.eos_token_ids | (
             set() if self.tokenizer.eos_token_id is None else {self.tokenizer.eos_token_id}
         )
+        self._grammars = Grammars(self.tokenizer, vocab_size=self.spec.vocab_size, end_token_ids=self._eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._num_arrivals = self._num_steps = self._num_prefill_tokens = self._num_output_tokens = 0
 
@@ -63,11 +65,12 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request, loading its adapter when it is not resident.
 
-        Raises PromptTooLong, InvalidRequest (empty prompt, token out of range, id in use), UnknownAdapter,
-        CorruptAdapter, UnsupportedAdapter, AdapterTooLarge; nothing is queued then. When every resident adapter is in
-        use the request is queued and waits.
+        Raises PromptTooLong, InvalidRequest (empty prompt, token out of range, id in use, grammar), MissingExtra,
+        UnknownAdapter, CorruptAdapter, UnsupportedAdapter, AdapterTooLarge; nothing is queued then. When every
+        resident adapter is in use the request is queued and waits.
         """
         self._check(request)
+        grammar = self.prepare(request)
         if request.adapter is not None:
             self.prefetch(request.adapter)
         room = self.max_model_len - len(request.prompt_token_ids)
@@ -76,10 +79,16 @@ class Engine:
             arrival=self._num_arrivals,
             max_new_tokens=min(request.sampling.max_tokens, room),
             tokenizer=self.tokenizer,
+            eos_token_ids=self._eos_token_ids,
+            grammar=grammar,
         )
         self._num_arrivals += 1
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
+
+    def prepare(self, request: Request) -> GrammarState | None:
+        """Compile the request's grammar, or take it from those kept; safe to call from another thread beforehand."""
+        return None if request.sampling.grammar is None else self._grammars.start(request.sampling.grammar)
 
     def step(self) -> list[Output]:
         """Schedule, run, commit: one forward pass over the next tokens of the running requests."""
@@ -153,6 +162,11 @@ class Engine:
             )
         if not 0 <= min(prompt) <= max(prompt) < self.spec.vocab_size:
             raise InvalidRequest(f"prompt_token_ids holds an id outside 0..{self.spec.vocab_size - 1}")
+        params = request.sampling
+        named = {"logit_bias": [token_id for token_id, _ in params.logit_bias], "stop_token_ids": params.stop_token_ids}
+        for name, token_ids in named.items():
+            if token_ids and max(token_ids) >= self.spec.vocab_size:
+                raise InvalidRequest(f"{name} holds the id {max(token_ids)}, outside 0..{self.spec.vocab_size - 1}")
 
     def _commit(self, item: Scheduled, result: StepResult) -> list[Output]:
         """Take one sequence's result into its state; return its output, if it got a token or failed."""
@@ -166,7 +180,7 @@ class Engine:
         if result is None:
             return []
         self._num_output_tokens += 1
-        text, finish_reason = sequence.append(result.token_id, self._eos_token_ids)
+        text, finish_reason = sequence.append(result.token_id)
         output = _output(sequence, (result,), text, finish_reason=finish_reason)
         if finish_reason is not None:
             self._finish(sequence)

@@ -11,7 +11,7 @@ from serve_apps.engine.config import EngineConfig
 from serve_apps.engine.errors import InvalidRequest
 from serve_apps.engine.kv_cache import KvCache, block_bytes
 from serve_apps.engine.model import Model
-from serve_apps.engine.sampler import NotFinite, sample
+from serve_apps.engine.sampler import sample
 from serve_apps.engine.scheduler import Scheduled
 from serve_apps.engine.sequence import Choice
 from serve_apps.engine.weights import load_weights
@@ -59,7 +59,7 @@ class Runner:
         with torch.inference_mode():
             batch = build_batch(plan, lora_pool=self._lora_pool, block_size=self._block_size, device=self.device)
             logits = self.model.forward(batch, self.kv)
-            choices: list[Choice | NotFinite] = sample(logits, choosing) if choosing else []
+            choices: list[Choice | Exception] = sample(logits, choosing) if choosing else []
         chosen = iter(choices)
         return [next(chosen) if item.gives_token else None for item in plan]
 

@@ -309,6 +309,14 @@ def test_settings_are_refused_by_name(field: str, value: Any, tiny_base: Path) -
         ("top_k", -1),
         ("stop", ("",)),
         ("logprobs", 21),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", float("inf")),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", ((-1, 0.0),)),
+        ("logit_bias", ((3, 1.0), (3, 2.0))),
+        ("min_tokens", 129),
+        ("stop_token_ids", (-1,)),
     ],
 )
 def test_sampling_is_refused_by_name(field: str, value: Any) -> None:
