@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.lora_cpu import lora_add_native_
+from kernels.native import DTYPE_CODES, Native
+
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The table's third axis. Neighbours that read the same input are computed together: 0..2, 3, 4..5, 6."""
 
@@ -22,12 +25,14 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class LoraPool:
     """data: flat [W], float32 or the model's dtype; table: int64 [adapter rows, layers, 7, 3] on the same device.
 
-    `host_table` holds the same numbers on the CPU (on the CPU it is `table` itself).
+    `host_table` holds the same numbers on the CPU (on the CPU it is `table` itself). `native`: the compiled kernels
+    that compute on the CPU; None leaves it to torch.
     """
 
     data: Tensor
     table: Tensor
     host_table: Tensor
+    native: Native | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,12 @@ def lora_add_(
     x: [T, I], y: [T, O] contiguous, of the model's dtype; products are summed in fp32 at least. Tokens of the base
     model and columns of modules that their adapter leaves alone are not touched.
     """
+    native = pool.native
+    if native is not None and not y_TO.is_cuda and {y_TO.dtype, pool.data.dtype} <= set(DTYPE_CODES):
+        lora_add_native_(
+            y_TO, x_TI, native=native, pool=pool, step=step, layer=layer, modules=modules, out_bounds=out_bounds
+        )
+        return
     for adapter_row, start, end in step.segments.tolist():
         for index, module in enumerate(modules):
             a_offset, b_offset, rank = pool.host_table[adapter_row, layer, module].tolist()
