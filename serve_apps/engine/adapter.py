@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
@@ -77,33 +77,76 @@ FEATURE_NAMES = {
 }
 # Initialisations that leave the base model as it is; the others (PiSSA, OLoRA, LoftQ, ...) change its weights.
 BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+FLOATING_DTYPES = ("F64", "F32", "F16", "BF16")
 TENSOR_NAME = re.compile(
     r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>\w+))\.lora_(?P<side>[AB])\.weight"
 )
 
 
+def inspect_adapter(ref: AdapterRef, spec: ModelSpec) -> int:
+    """Check all that the config and the head of the weights tell, in a millisecond or so; return the number of weights.
+
+    Raises as `read_adapter`, which alone sees values that are not finite and files that differ from their manifest.
+    """
+    folder = _folder(ref)
+    config = _config(_read_file(folder / CONFIG_FILE), folder)
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no dict
+                part = handle.get_slice(name)
+                dtype = torch.float32 if part.get_dtype() in FLOATING_DTYPES else torch.int8
+                tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    except (SafetensorError, OSError) as error:
+        raise CorruptAdapter(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
+    modules = _modules(config, tensors, spec, folder)
+    return sum(module.a.numel() + module.b.numel() for module in modules.values())
+
+
 def read_adapter(ref: AdapterRef, spec: ModelSpec, *, dtype: torch.dtype, pin: bool = False) -> PackedAdapter:
     """Read, check and pack the adapter at `ref.path`. Raises UnknownAdapter, CorruptAdapter or UnsupportedAdapter."""
+    folder = _folder(ref)
+    contents = {name: _read_file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    digest, content_digest = _digests(folder, ref.digest, contents)
+    config = _config(contents[CONFIG_FILE], folder)
+    try:
+        tensors = load_safetensors(contents[WEIGHTS_FILE])
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise CorruptAdapter(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
+    modules = _modules(config, tensors, spec, folder)
+    packed = pack(digest, modules, content_digest=content_digest, num_layers=spec.num_layers, dtype=dtype, pin=pin)
+    if not bool(torch.isfinite(packed.data).all()):
+        _refuse_not_finite(tensors, folder, dtype)
+    return packed
+
+
+def _folder(ref: AdapterRef) -> Path:
     folder = Path(ref.path)
     if not (folder / CONFIG_FILE).is_file():
         raise UnknownAdapter(
             f"adapter {ref.digest} has no {CONFIG_FILE} at {folder}; give the folder of a PEFT LoRA adapter"
         )
-    config_bytes, weight_bytes = _read_file(folder / CONFIG_FILE), _read_file(folder / WEIGHTS_FILE)
-    digest = _content_digest(folder, ref.digest, {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weight_bytes})
+    return folder
+
+
+def _config(content: bytes, folder: Path) -> dict[str, Any]:
+    """Parse adapter_config.json and refuse what is not computed."""
     try:
-        config = json.loads(config_bytes)
+        config = json.loads(content)
     except ValueError as error:
         raise CorruptAdapter(f"{folder / CONFIG_FILE} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CorruptAdapter(f"{folder / CONFIG_FILE} is not a JSON object")
     _refuse_unsupported(config, folder)
-    try:
-        tensors = load_safetensors(weight_bytes)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise CorruptAdapter(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
-    modules = _modules(config, tensors, spec, folder)
-    return pack(digest, modules, num_layers=spec.num_layers, dtype=dtype, pin=pin)
+    return config
+
+
+def _refuse_not_finite(tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Raise CorruptAdapter naming the tensor that made a packed adapter infinite or NaN."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CorruptAdapter(f"tensor {name} in {folder} holds values that are not finite numbers")
+    raise CorruptAdapter(f"the weights in {folder} overflow {dtype} once scaled; use a wider adapter_dtype")
 
 
 def _read_file(path: Path) -> bytes:
@@ -114,26 +157,27 @@ def _read_file(path: Path) -> bytes:
         raise CorruptAdapter(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _content_digest(folder: Path, digest: str, contents: dict[str, bytes]) -> str:
-    """Return the digest of what was read: of the manifest, held against `digest` and the files.
+def _digests(folder: Path, digest: str, contents: dict[str, bytes]) -> tuple[str, str]:
+    """Return the digest of what was read, and one that differs whenever the content does.
 
-    A folder without a manifest does not come from the content-addressed store and keeps `digest`.
+    A folder of the content-addressed store is held against its manifest, whose digest is both. One without a manifest
+    keeps `digest`, which says nothing about its content.
     """
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        return digest
+        return digest, f"files {json.dumps(hashes, sort_keys=True)}"
     manifest_bytes = _read_file(path)
     manifest_digest = f"sha256:{hashlib.sha256(manifest_bytes).hexdigest()}"
     if manifest_digest != digest:
         raise CorruptAdapter(f"{path} does not hash to the adapter's digest {digest}; fetch the adapter again")
     recorded = {entry["path"]: entry["sha256"] for entry in json.loads(manifest_bytes)["files"]}
-    for name, content in contents.items():
-        found = hashlib.sha256(content).hexdigest()
+    for name, found in hashes.items():
         if str(recorded.get(name, "")).removeprefix("sha256:") != found:
             raise CorruptAdapter(
                 f"{folder / name} has changed since it was stored: sha256 {found} is not in its manifest"
             )
-    return manifest_digest
+    return manifest_digest, manifest_digest
 
 
 def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
@@ -238,9 +282,7 @@ def _module(
             raise CorruptAdapter(
                 f"tensor {name}.lora_{side}.weight in {folder} is {list(tensor.shape)}; config says {list(shape)}"
             )
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise CorruptAdapter(
-                f"tensor {name}.lora_{side}.weight in {folder} holds values that are not finite numbers"
-            )
+        if not tensor.is_floating_point():
+            raise CorruptAdapter(f"tensor {name}.lora_{side}.weight in {folder} is {tensor.dtype}, not floating point")
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return LoraWeights(sides["A"], sides["B"], scaling)

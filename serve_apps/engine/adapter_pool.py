@@ -6,19 +6,16 @@ device, between steps, so a running step never sees an adapter move; other threa
 
 import threading
 from collections import OrderedDict
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
-from kernels.lora import MODULES, LoraPool
-from serve_apps.engine.arena import Arena
 from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.errors import AdapterCacheFull, AdapterInUse, AdapterTooLarge
 from serve_apps.engine.host_tier import HostTier
+from serve_apps.engine.lora_memory import LayerCopies, LoraMemory
 from serve_apps.engine.packed_adapter import PackedAdapter
-
-# Adapters begin at multiples of this many bytes, a cache line, for loads as wide as the device has them.
-ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -26,6 +23,7 @@ class Resident:
     """An adapter on the device: its row in the table and its bytes in the buffer, the last line's rest included."""
 
     digest: str
+    content_digest: str
     adapter_row: int
     num_bytes: int
 
@@ -35,9 +33,16 @@ class Lease:
 
     def __init__(self, pool: "AdapterPool", resident: Resident) -> None:
         self.digest = resident.digest
+        self.content_digest = resident.content_digest
         self.adapter_row = resident.adapter_row
+        self.num_bytes = resident.num_bytes
         self._pool = pool
         self._is_released = False
+
+    @property
+    def copies(self) -> LayerCopies | None:
+        """The copy that brings the adapter to the device; None once it is there."""
+        return self._pool.copies_of(self.digest)
 
     def release(self) -> None:
         """Let the pool evict the adapter again once nobody else leases it. A second call does nothing."""
@@ -66,39 +71,78 @@ class AdapterPool:
         """Reserve `budget_bytes` on the device; on the CPU the system hands out pages on first use."""
         self._host = host
         self._budget_bytes = budget_bytes
-        self._itemsize = dtype.itemsize
-        self._arena = Arena(budget_bytes // dtype.itemsize, alignment=max(1, ALIGNMENT_BYTES // dtype.itemsize))
-        host_table = torch.zeros(max_adapters, num_layers, len(MODULES), 3, dtype=torch.int64)
-        self.lora = LoraPool(
-            data=torch.empty(self._arena.size, dtype=dtype, device=device),
-            table=host_table.to(device),
-            host_table=host_table,
+        self._memory = LoraMemory(
+            budget_bytes=budget_bytes, max_adapters=max_adapters, num_layers=num_layers, dtype=dtype, device=device
         )
+        self.lora = self._memory.lora
         self._free_rows = list(range(max_adapters - 1, -1, -1))
         self._lock = threading.Lock()
         self._resident: OrderedDict[str, Resident] = OrderedDict()
         self._num_leases: dict[str, int] = {}
-        self._num_hits = self._num_loads = self._num_evictions = self._num_moved_bytes = 0
+        self._copies: dict[str, LayerCopies] = {}
+        self._num_hits = self._num_loads = self._num_evictions = 0
         # Grows whenever room may have appeared, so that a waiting request retries only when that can help.
         self.num_releases = 0
 
     def prefetch(self, ref: AdapterRef) -> None:
         """Make sure that an adapter is sound and in host memory. Raises EngineError. Safe to call from any thread."""
+        if self.resident_bytes(ref.digest) is None:
+            self.check_size(ref.digest, self._host.obtain(ref).data.numel())
+
+    def is_known(self, digest: str) -> bool:
+        """Whether an adapter is on the device or in host memory, so that nothing about it needs checking."""
+        return self.resident_bytes(digest) is not None or self._host.holds(digest)
+
+    def check_size(self, digest: str, num_weights: int) -> int:
+        """Return the bytes that an adapter takes on the device. Raises AdapterTooLarge when it can never fit."""
+        num_bytes = self._memory.bytes_of(num_weights)
+        if num_bytes > self._memory.capacity_bytes:
+            raise AdapterTooLarge(
+                f"adapter {digest} takes {num_bytes} bytes, adapter_cache_bytes={self._budget_bytes}; raise the budget"
+            )
+        return num_bytes
+
+    def start(self, ref: AdapterRef) -> "Future[PackedAdapter]":
+        """Have an adapter brought to host memory; safe to call from any thread."""
+        return self._host.start(ref)
+
+    def resident_bytes(self, digest: str) -> int | None:
+        """Return what an adapter takes on the device; None when it is not there."""
         with self._lock:
-            if ref.digest in self._resident:
-                return
-        self._check_size(self._host.obtain(ref))
+            resident = self._resident.get(digest)
+            return None if resident is None else resident.num_bytes
+
+    def copies_of(self, digest: str) -> LayerCopies | None:
+        """Return the copy that brings a resident adapter; None once it is there."""
+        with self._lock:
+            copies = self._copies.get(digest)
+            if copies is not None and copies.is_done:
+                del self._copies[digest]
+                return None
+            return copies
+
+    def lease(self, digest: str) -> Lease:
+        """Pin a resident adapter."""
+        with self._lock:
+            self._num_hits += 1
+            return self._pin(digest)
+
+    def place(self, packed: PackedAdapter) -> Lease:
+        """Copy an adapter to the device, evicting others, and pin it. Raises AdapterTooLarge, AdapterCacheFull."""
+        with self._lock:
+            if packed.digest not in self._resident:
+                self._place(packed)
+            return self._pin(packed.digest)
 
     def load(self, ref: AdapterRef) -> None:
         """Make an adapter resident without pinning it. Raises EngineError; AdapterCacheFull when all room is leased."""
-        self._obtain(ref)
+        self.acquire(ref).release()
 
     def acquire(self, ref: AdapterRef) -> Lease:
-        """Make an adapter resident and pin it. Raises as `load`."""
-        resident = self._obtain(ref)
-        with self._lock:
-            self._num_leases[ref.digest] = self._num_leases.get(ref.digest, 0) + 1
-        return Lease(self, resident)
+        """Make an adapter resident and pin it, waiting for its read. Raises as `load`."""
+        if self.resident_bytes(ref.digest) is not None:
+            return self.lease(ref.digest)
+        return self.place(self._host.obtain(ref))
 
     def end_lease(self, digest: str) -> None:
         """Undo one acquire; called by `Lease.release`."""
@@ -128,12 +172,12 @@ class AdapterPool:
             return {
                 "adapters_resident": list(self._resident),
                 "adapters_leased": len(self._num_leases),
-                "adapter_bytes": (self._arena.size - self._arena.num_free) * self._itemsize,
+                "adapter_bytes": self._memory.capacity_bytes - self._memory.free_bytes,
                 "adapter_budget_bytes": self._budget_bytes,
                 "adapter_hits": self._num_hits,
                 "adapter_loads": self._num_loads,
                 "adapter_evictions": self._num_evictions,
-                "adapter_moved_bytes": self._num_moved_bytes,
+                "adapter_moved_bytes": self._memory.num_moved_bytes,
                 **self._host.stats(),
             }
 
@@ -141,8 +185,8 @@ class AdapterPool:
         """Assert that bytes and rows add up, the budget holds, and whatever is leased is resident."""
         self._host.check_integrity()
         with self._lock:
-            self._arena.check_integrity()
-            taken = (self._arena.size - self._arena.num_free) * self._itemsize
+            self._memory.arena.check_integrity()
+            taken = self._memory.capacity_bytes - self._memory.free_bytes
             assert taken == sum(resident.num_bytes for resident in self._resident.values()), "bytes do not add up"
             assert taken <= self._budget_bytes, "over budget"
             rows = [resident.adapter_row for resident in self._resident.values()]
@@ -152,49 +196,27 @@ class AdapterPool:
             for row in self._free_rows:
                 assert not self.lora.host_table[row].any(), "a free table row still names weights"
 
-    def _obtain(self, ref: AdapterRef) -> Resident:
-        with self._lock:
-            if ref.digest in self._resident:
-                self._num_hits += 1
-                self._resident.move_to_end(ref.digest)
-                return self._resident[ref.digest]
-        packed = self._host.obtain(ref)
-        with self._lock:
-            return self._place(packed)
+    def _pin(self, digest: str) -> Lease:
+        self._resident.move_to_end(digest)
+        self._num_leases[digest] = self._num_leases.get(digest, 0) + 1
+        return Lease(self, self._resident[digest])
 
-    def _place(self, packed: PackedAdapter) -> Resident:
+    def _place(self, packed: PackedAdapter) -> None:
         """Make room, copy, enter into the table."""
-        num_bytes = self._check_size(packed)
+        num_bytes = self.check_size(packed.digest, packed.data.numel())
         self._check_room(packed.digest, num_bytes)
         self._evict_for(num_bytes)
-        start = self._arena.allocate(packed.digest, packed.data.numel())
-        if start is None:
-            self._compact(packed.data.numel())
-            start = self._arena.allocate(packed.digest, packed.data.numel())
-        assert start is not None, "no hole after compaction"
-        resident = Resident(packed.digest, self._free_rows.pop(), num_bytes)
-        self.lora.data[start : start + packed.data.numel()].copy_(packed.data)
-        offsets = packed.table.clone()
-        offsets[..., :2] += start * (packed.table[..., 2:] > 0)
-        self._write_row(resident.adapter_row, offsets)
-        self._resident[packed.digest] = resident
+        row = self._free_rows.pop()
+        copies = self._memory.write(packed, row, row_of=lambda digest: self._resident[digest].adapter_row)
+        if copies is not None:
+            self._copies[packed.digest] = copies
+        self._resident[packed.digest] = Resident(packed.digest, packed.content_digest, row, num_bytes)
         self._num_loads += 1
-        return resident
-
-    def _check_size(self, packed: PackedAdapter) -> int:
-        """Return the bytes that an adapter takes on the device. Raises AdapterTooLarge when it can never fit."""
-        num_bytes = self._arena.rounded(packed.data.numel()) * self._itemsize
-        if num_bytes > self._arena.size * self._itemsize:
-            raise AdapterTooLarge(
-                f"adapter {packed.digest} takes {num_bytes} bytes, adapter_cache_bytes={self._budget_bytes}; "
-                "raise the budget"
-            )
-        return num_bytes
 
     def _check_room(self, digest: str, num_bytes: int) -> None:
         """Raise unless `num_bytes` and a row are there after evicting everything that is not leased."""
         leased = sum(self._resident[held].num_bytes for held in self._num_leases)
-        if num_bytes + leased > self._arena.size * self._itemsize:
+        if num_bytes + leased > self._memory.capacity_bytes:
             raise AdapterCacheFull(
                 f"adapter {digest} takes {num_bytes} bytes, but requests lease {leased} of {self._budget_bytes}; "
                 "wait or raise adapter_cache_bytes"
@@ -205,31 +227,14 @@ class AdapterPool:
     def _evict_for(self, num_bytes: int) -> None:
         """Drop what was used longest ago and is not leased until `num_bytes` and a row are free."""
         for digest in list(self._resident):
-            if self._arena.num_free * self._itemsize >= num_bytes and self._free_rows:
+            if self._memory.free_bytes >= num_bytes and self._free_rows:
                 return
             if digest not in self._num_leases:
                 self._drop(digest)
                 self._num_evictions += 1
 
-    def _compact(self, size: int) -> None:
-        """Move adapters together until one hole holds `size` elements, and point their table rows at the new places."""
-        for move in self._arena.compact(size):
-            source = self.lora.data[move.source : move.source + move.size]
-            target = self.lora.data[move.target : move.target + move.size]
-            target.copy_(source.clone() if move.source - move.target < move.size else source)
-            row = self._resident[move.key].adapter_row
-            offsets = self.lora.host_table[row].clone()
-            offsets[..., :2] -= (move.source - move.target) * (offsets[..., 2:] > 0)
-            self._write_row(row, offsets)
-            self._num_moved_bytes += move.size * self._itemsize
-
     def _drop(self, digest: str) -> None:
         resident = self._resident.pop(digest)
-        self._arena.free(digest)
-        self._write_row(resident.adapter_row, torch.zeros_like(self.lora.host_table[0]))
+        self._copies.pop(digest, None)
+        self._memory.erase(digest, resident.adapter_row)
         self._free_rows.append(resident.adapter_row)
-
-    def _write_row(self, adapter_row: int, offsets: torch.Tensor) -> None:
-        self.lora.host_table[adapter_row] = offsets
-        if self.lora.table is not self.lora.host_table:
-            self.lora.table[adapter_row].copy_(offsets)

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.lora import LoraPool, LoraStep
 from kernels.ops import AttentionPlan, AttentionRun
 from kernels.segments import BASE_ROW, build_step
+from serve_apps.engine.lora_memory import LayerCopies
 from serve_apps.engine.scheduler import Scheduled
 from serve_apps.engine.sequence import Sequence
 
@@ -30,6 +31,7 @@ class StepBatch:
     attention: AttentionPlan
     lora_pool: LoraPool
     lora: LoraStep
+    lora_copies: tuple[LayerCopies, ...]
 
 
 def build_batch(plan: list[Scheduled], *, lora_pool: LoraPool, block_size: int, device: torch.device) -> StepBatch:
@@ -59,8 +61,15 @@ def build_batch(plan: list[Scheduled], *, lora_pool: LoraPool, block_size: int, 
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         attention=AttentionPlan(tuple(runs)),
         lora_pool=lora_pool,
+        lora_copies=_copies(plan),
         lora=build_step(adapter_runs, device=device),
     )
+
+
+def _copies(plan: list[Scheduled]) -> tuple[LayerCopies, ...]:
+    """Return the copies that the step's adapters are still waiting for; none on the CPU."""
+    leases = {lease.digest: lease for item in plan if (lease := item.sequence.lease) is not None}
+    return tuple(copies for lease in leases.values() if (copies := lease.copies) is not None)
 
 
 def _slots(sequence: Sequence, start: int, end: int, block_size: int) -> list[int]:

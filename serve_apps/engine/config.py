@@ -27,7 +27,9 @@ class EngineConfig:
     room for `max_num_seqs` sequences of `max_model_len`, at most the memory rule of `runner.default_num_kv_blocks`;
     `num_threads` None leaves torch's own choice. `adapter_cache_bytes` and `max_resident_adapters` bound the adapters
     on the device, `adapter_host_bytes` those kept in host memory behind them; `adapter_dtype` "auto" is float32 on the
-    CPU and the model's dtype on CUDA.
+    CPU and the model's dtype on CUDA. `max_step_adapter_bytes` bounds the distinct adapters that run together, for a
+    step reads each of them whole; None bounds nothing. `tenant_weights` (tenant, weight) shares out service; tenants
+    not named weigh 1.
     """
 
     base_path: str
@@ -43,6 +45,9 @@ class EngineConfig:
     adapter_host_bytes: int = 1 << 30
     adapter_dtype: str = "auto"
     max_resident_adapters: int = 2048
+    max_step_adapter_bytes: int | None = None
+    enable_prefix_cache: bool = True
+    tenant_weights: tuple[tuple[str, float], ...] = ()
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -54,9 +59,12 @@ class EngineConfig:
             )
         for name in POSITIVE_FIELDS:
             _require_positive(name, getattr(self, name))
-        for name in ("num_kv_blocks", "num_threads"):
+        for name in ("num_kv_blocks", "num_threads", "max_step_adapter_bytes"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        for tenant, weight in self.tenant_weights:
+            if not (math.isfinite(weight) and weight > 0):
+                raise InvalidRequest(f"tenant_weights gives {tenant!r} {weight}; a weight is a number > 0")
         if self.max_step_tokens < self.max_num_seqs:
             raise InvalidRequest(
                 f"max_step_tokens={self.max_step_tokens} is less than max_num_seqs={self.max_num_seqs}: a step could "

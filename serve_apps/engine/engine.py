@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from serve_apps.engine.adapter import read_adapter
+from serve_apps.engine.adapter import inspect_adapter, read_adapter
+from serve_apps.engine.adapter_loads import AdapterLoads
 from serve_apps.engine.adapter_pool import AdapterPool
 from serve_apps.engine.architecture import ModelSpec, read_spec
 from serve_apps.engine.config import AdapterRef, EngineConfig, FinishReason, Output, Request, TokenLogprob
@@ -15,8 +16,11 @@ from serve_apps.engine.grammar import Grammars, GrammarState
 from serve_apps.engine.host_tier import HostTier
 from serve_apps.engine.kv_cache import BlockAllocator
 from serve_apps.engine.runner import Runner, StepResult, resolve_device
-from serve_apps.engine.scheduler import Scheduled, Scheduler
+from serve_apps.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from serve_apps.engine.sequence import Choice, Sequence
+
+# How long a step waits for an adapter when there is nothing else to do: what an abort or a new request may be delayed.
+MAX_IDLE_WAIT_S = 0.01
 
 
 class Engine:
@@ -38,13 +42,8 @@ class Engine:
         self.pool = _adapter_pool(config, self.spec, device)
         self._runner = Runner(config, self.spec, lora_pool=self.pool.lora, device=device)
         self._allocator = BlockAllocator(self._runner.num_blocks)
-        self._scheduler = Scheduler(
-            self._allocator,
-            self.pool,
-            block_size=config.kv_block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_step_tokens=config.max_step_tokens,
-        )
+        self._loads = AdapterLoads(self.pool, max_step_bytes=config.max_step_adapter_bytes)
+        self._scheduler = Scheduler(self._allocator, self._loads, _limits(config))
         self._eos_token_ids = self.spec.eos_token_ids | (
             set() if self.tokenizer.eos_token_id is None else {self.tokenizer.eos_token_id}
         )
@@ -63,16 +62,17 @@ class Engine:
         return bool(self._sequences)
 
     def add(self, request: Request) -> None:
-        """Queue a request, loading its adapter when it is not resident.
+        """Queue a request; its adapter is read in the background while others run.
 
         Raises PromptTooLong, InvalidRequest (empty prompt, token out of range, id in use, grammar), MissingExtra,
-        UnknownAdapter, CorruptAdapter, UnsupportedAdapter, AdapterTooLarge; nothing is queued then. When every
-        resident adapter is in use the request is queued and waits.
+        UnknownAdapter, CorruptAdapter, UnsupportedAdapter, AdapterTooLarge, as far as the adapter's config and the head
+        of its weights tell; nothing is queued then. What only the whole file tells ends the request with finish_reason
+        "error".
         """
         self._check(request)
         grammar = self.prepare(request)
-        if request.adapter is not None:
-            self.prefetch(request.adapter)
+        if request.adapter is not None and not self.pool.is_known(request.adapter.digest):
+            self.pool.check_size(request.adapter.digest, inspect_adapter(request.adapter, self.spec))
         room = self.max_model_len - len(request.prompt_token_ids)
         sequence = Sequence(
             request,
@@ -91,9 +91,19 @@ class Engine:
         return None if request.sampling.grammar is None else self._grammars.start(request.sampling.grammar)
 
     def step(self) -> list[Output]:
-        """Schedule, run, commit: one forward pass over the next tokens of the running requests."""
+        """Schedule, run, commit: one forward pass over the next tokens of the running requests.
+
+        With nothing to run but adapters on their way, waits for one of them, `MAX_IDLE_WAIT_S` at most.
+        """
         outputs: list[Output] = []
-        plan = self._scheduler.schedule(lambda sequence, error: outputs.append(self._forget(sequence, error)))
+
+        def on_failure(sequence: Sequence, error: EngineError) -> None:
+            outputs.append(self._forget(sequence, error))
+
+        plan = self._scheduler.schedule(on_failure)
+        if not plan and not outputs and self._loads.is_loading:
+            self._loads.wait(MAX_IDLE_WAIT_S)
+            plan = self._scheduler.schedule(on_failure)
         if plan:
             results = self._runner.run(plan)
             self._num_steps += 1
@@ -123,6 +133,7 @@ class Engine:
 
     def unload(self, digest: str) -> bool:
         """Free an adapter; False when it is not resident. Raises AdapterInUse while a request runs on it."""
+        self._loads.forget(digest)
         return self.pool.unload(digest)
 
     def stats(self) -> dict[str, object]:
@@ -135,7 +146,11 @@ class Engine:
             "num_output_tokens": self._num_output_tokens,
             "num_preemptions": self._scheduler.num_preemptions,
             "kv_blocks": self._allocator.num_blocks,
-            "kv_blocks_free": self._allocator.num_free,
+            "kv_blocks_free": self._allocator.num_available,
+            "kv_blocks_cached": self._allocator.num_cached,
+            "prefix_query_tokens": self._scheduler.num_prompt_tokens,
+            "prefix_hit_tokens": self._scheduler.num_prefix_hit_tokens,
+            "prefix_evicted_blocks": self._allocator.num_evictions,
             "max_model_len": self.max_model_len,
             **self.pool.stats(),
         }
@@ -172,11 +187,11 @@ class Engine:
         """Take one sequence's result into its state; return its output, if it got a token or failed."""
         sequence = item.sequence
         if isinstance(result, Exception):
-            self._runner.kv.zero(sequence.blocks)
+            self._runner.kv.zero(self._allocator.private(sequence.blocks))
             return [self._forget(sequence, result)]
         if item.num_tokens > 1 or sequence.num_output_tokens == 0:
             self._num_prefill_tokens += item.num_tokens
-        sequence.num_computed += item.num_tokens
+        self._scheduler.commit(sequence, num_tokens=item.num_tokens, gave_token=result is not None)
         if result is None:
             return []
         self._num_output_tokens += 1
@@ -196,6 +211,17 @@ class Engine:
     def _finish(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.request_id]
         self._scheduler.remove(sequence)
+
+
+def _limits(config: EngineConfig) -> SchedulerLimits:
+    return SchedulerLimits(
+        block_size=config.kv_block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_step_tokens=config.max_step_tokens,
+        enable_prefix_cache=config.enable_prefix_cache,
+        base_digest=config.base_digest or config.base_path,
+        tenant_weights=dict(config.tenant_weights),
+    )
 
 
 def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device) -> AdapterPool:

@@ -54,6 +54,11 @@ class HostTier:
         """Return the adapter, waiting for it. Raises UnknownAdapter, CorruptAdapter, UnsupportedAdapter."""
         return self.start(ref).result()
 
+    def holds(self, digest: str) -> bool:
+        """Whether an adapter is kept."""
+        with self._lock:
+            return digest in self._kept
+
     def discard(self, digest: str) -> bool:
         """Forget an adapter, also one whose read is still running (who waits for it gets it, nobody keeps it)."""
         with self._lock:

@@ -75,6 +75,8 @@ class Model:
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         x = F.embedding(batch.token_ids, self.weights.embedding)
         for index, layer in enumerate(self.weights.layers):
+            for copies in batch.lora_copies:
+                copies.wait(index)
             attended = self._attention(index, ops.rms_norm(x, layer.input_norm, eps), batch, kv, cos, signed_sin)
             x = x + attended
             x = x + self._mlp(index, ops.rms_norm(x, layer.post_norm, eps), batch)

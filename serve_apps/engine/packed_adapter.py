@@ -29,10 +29,12 @@ class LoraWeights:
 class PackedAdapter:
     """data: flat [W] on the CPU; table: int64 [layers, 7, 3], offsets into data and ranks.
 
-    Layer i's weights end at `layer_ends[i]`, so that they can be copied one layer at a time.
+    Layer i's weights end at `layer_ends[i]`, so that they can be copied one layer at a time. `digest` is the name that
+    the adapter goes by; `content_digest` differs whenever the files differ.
     """
 
     digest: str
+    content_digest: str
     data: Tensor
     table: Tensor
     layer_ends: tuple[int, ...]
@@ -44,7 +46,13 @@ class PackedAdapter:
 
 
 def pack(
-    digest: str, modules: Mapping[tuple[int, str], LoraWeights], *, num_layers: int, dtype: torch.dtype, pin: bool
+    digest: str,
+    modules: Mapping[tuple[int, str], LoraWeights],
+    *,
+    content_digest: str,
+    num_layers: int,
+    dtype: torch.dtype,
+    pin: bool,
 ) -> PackedAdapter:
     """Pack modules, named by (layer, linear), into one buffer of `dtype`, page-locked when `pin`."""
     num_elements = sum(module.a.numel() + module.b.numel() for module in modules.values())
@@ -64,7 +72,7 @@ def pack(
                 table[layer, index, 1] = end
                 end = _append(data, end, module.b.t(), scaling=module.scaling)
         layer_ends.append(end)
-    return PackedAdapter(digest, data, table, tuple(layer_ends))
+    return PackedAdapter(digest, content_digest, data, table, tuple(layer_ends))
 
 
 def _append(data: Tensor, start: int, values: Tensor, *, scaling: float | None = None) -> int:

@@ -32,7 +32,7 @@ def read(adapter: AdapterRef) -> PackedAdapter:
     table = torch.zeros(2, len(MODULES), 3, dtype=torch.int64)
     table[1, 3] = torch.tensor([0, half, 1])
     data = torch.cat((torch.full((half,), float(number)), torch.full((half,), number + 0.5)))
-    return PackedAdapter(adapter.digest, data, table, (0, 2 * half))
+    return PackedAdapter(adapter.digest, adapter.digest, data, table, (0, 2 * half))
 
 
 def pool_of(reader: Reader = read, *, host_lines: int = 100) -> AdapterPool:

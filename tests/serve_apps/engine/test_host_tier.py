@@ -31,7 +31,9 @@ class Disk:
             assert self.gates[adapter.digest].wait(10)
         if adapter.digest == "3":
             raise CorruptAdapter("3 is corrupt")
-        return PackedAdapter(adapter.digest, torch.zeros(int(adapter.digest), dtype=torch.uint8), torch.empty(0), ())
+        return PackedAdapter(
+            adapter.digest, adapter.digest, torch.zeros(int(adapter.digest), dtype=torch.uint8), torch.empty(0), ()
+        )
 
 
 def test_one_read_serves_all_who_wait_and_others_load_beside_it() -> None:
