@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,14 @@ def probabilities(logits: Any, params: SamplingParams) -> list[float]:
 
 
 def plain_draw(logits: Rows[float], params: SamplingParams, point: float) -> int | None:
-    """The oracle's token; None where the point lies on a border."""
-    shares = probabilities(logits, params)
-    order = list(range(len(shares)))
+    """The oracle's token; None where the point, or the cut by `top_p`, lies on a border."""
+    order = list(range(len(logits)))
     if params.top_k or params.top_p < 1:
         order.sort(key=lambda token: (-float(logits[token]), token))
-    chosen = {reference.pick(shares, order, min(max(point + shift, 0.0), 1.0)) for shift in (-CLOSE, 0, CLOSE)}
+    chosen = set()
+    for cut_shift in (-CLOSE, 0, CLOSE) if params.top_p < 1 else (0,):
+        shares = probabilities(logits, replace(params, top_p=params.top_p + cut_shift))
+        chosen |= {reference.pick(shares, order, min(max(point + shift, 0.0), 1.0)) for shift in (-CLOSE, 0, CLOSE)}
     return chosen.pop() if len(chosen) == 1 else None
 
 
