@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -169,6 +170,38 @@ def test_the_openai_client_chats_completes_and_streams(live: Live) -> None:
     pieces = [chunk.choices[0] for chunk in streamed if chunk.choices]
     assert "".join(piece.text for piece in pieces) == answer.removesuffix(".")
     assert any(piece.logprobs for piece in pieces)
+
+
+def test_the_openai_client_asks_for_choices_forms_and_biases(live: Live) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["blue", "green"]}, "sure": {"type": "boolean"}},
+        "required": ["colour", "sure"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema, "strict": True}}
+    fields: dict[str, Any] = {"n": 3, "seed": 4, "temperature": 1.2, "max_tokens": 90, "response_format": form}
+    reply = ask(live, QUESTIONS[4][0], "rank8-all", **fields)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    finished = [choice for choice in reply.choices if choice.finish_reason == "stop"]
+    assert finished
+    for choice in finished:
+        jsonschema.validate(json.loads(choice.message.content), schema)
+    trails = reply.trailmark["choices"]
+    receipts = [live.receipt(trail["receipt_id"])["receipt"] for trail in trails]
+    assert [receipt["output_digest"] for receipt in receipts] == [trail["output_digest"] for trail in trails]
+    assert sum(receipt["completion_tokens"] for receipt in receipts) == reply.usage.completion_tokens
+    said = ["", "", ""]
+    for chunk in ask(live, QUESTIONS[4][0], "rank8-all", stream=True, **fields):
+        said[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert said == [choice.message.content for choice in reply.choices]
+    extra = {"min_p": 0.05, "repetition_penalty": 1.1, "min_tokens": 3, "top_k": 20, "stop_token_ids": [2]}
+    knobs: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "logit_bias": {"5": -100}}
+    assert ask(live, "Hi", **knobs, extra_body=extra).usage.completion_tokens >= 3
+    bad = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"type": "nonsense"}}}
+    with pytest.raises(openai.BadRequestError, match="nonsense") as refused:
+        ask(live, "Hi", response_format=bad)
+    assert refused.value.param == "response_format.json_schema.schema"
 
 
 def test_models_are_listed(live: Live) -> None:
