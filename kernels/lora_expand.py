@@ -35,6 +35,8 @@ def lora_expand_(
         return
     if not y_TO.is_contiguous():
         raise ValueError("y must be contiguous: it is written in place by token row")
+    if out_bounds[-1] > out_size:
+        raise ValueError(f"out_bounds end at column {out_bounds[-1]}, y has {out_size}")
     bounds = [*out_bounds, *[out_bounds[-1]] * (4 - len(out_bounds))]
     tiling, table = work.tiling, pool.table
     block = tiling.column_block

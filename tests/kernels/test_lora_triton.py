@@ -97,7 +97,7 @@ def test_ranks_up_to_the_largest(rank: int, num_tokens: int, device: str) -> Non
     pool = random_pool(dtype=torch.float32, device=device, ranks=((rank,) * 7,))
     step = step_of([0] * num_tokens, device)
     x, y = random(num_tokens, IN_SIZE, device=device), random(num_tokens, 21, seed=1, device=device)
-    torch.testing.assert_close(add(y, x, pool, step, "qkv"), expect(y, x, pool, step, "qkv"), atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(add(y, x, pool, step, "o"), expect(y, x, pool, step, "o"), atol=2e-4, rtol=2e-4)
 
 
 def test_work_list_of_tokens_in_any_order(device: str) -> None:
@@ -171,3 +171,10 @@ def test_linear_with_lora(device: str) -> None:
 def test_work_of_another_size_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match="allocated for 3 tokens, the step has 4"):
         with_work(step_of([0] * 4, device), allocate_work(3, device=torch.device(device)))
+
+
+def test_bounds_beyond_y_are_refused(device: str) -> None:
+    """The kernel would write behind y."""
+    pool, step = random_pool(dtype=torch.float32, device=device), step_of([0] * 4, device)
+    with pytest.raises(ValueError, match="end at column 40, y has 21"):
+        add(random(4, 21, device=device), random(4, IN_SIZE, device=device), pool, step, "qkv")
