@@ -62,16 +62,18 @@ def load(cache: Path) -> Native | None:
     """
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
-        return _without("no C compiler is on PATH; install gcc")
+        _warn("no C compiler is on PATH; install gcc")
+        return None
     try:
         path = cache / f"cpu-{_key(compiler)}.so"
         if not path.exists():
             _compile(compiler, path)
         return _open(path)
     except subprocess.CalledProcessError as error:
-        return _without(f"{compiler} failed: {error.stderr.strip()[-500:]}")
+        _warn(f"{compiler} failed: {error.stderr.strip()[-500:]}")
     except (OSError, subprocess.TimeoutExpired) as error:
-        return _without(str(error))
+        _warn(str(error))
+    return None
 
 
 def cpu_flags() -> str:
@@ -91,7 +93,7 @@ def check(code: int) -> None:
         raise MemoryError("a CPU kernel found no memory for its scratch")
 
 
-def _without(reason: str) -> None:
+def _warn(reason: str) -> None:
     _log.warning("CPU kernels are off, torch computes instead (several times slower LoRA): %s", reason)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.lora import MODULES, LoraPool
+from kernels.native import Native
 from serve_apps.engine.arena import Arena
 from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.errors import AdapterCacheFull, AdapterInUse, AdapterTooLarge
@@ -62,6 +63,7 @@ class AdapterPool:
         max_adapters: int,
         dtype: torch.dtype,
         device: torch.device,
+        native: Native | None = None,
     ) -> None:
         """Reserve `budget_bytes` on the device; on the CPU the system hands out pages on first use."""
         self._host = host
@@ -73,6 +75,7 @@ class AdapterPool:
             data=torch.empty(self._arena.size, dtype=dtype, device=device),
             table=host_table.to(device),
             host_table=host_table,
+            native=native,
         )
         self._free_rows = list(range(max_adapters - 1, -1, -1))
         self._lock = threading.Lock()

@@ -27,7 +27,8 @@ class EngineConfig:
     room for `max_num_seqs` sequences of `max_model_len`, at most the memory rule of `runner.default_num_kv_blocks`;
     `num_threads` None leaves torch's own choice. `adapter_cache_bytes` and `max_resident_adapters` bound the adapters
     on the device, `adapter_host_bytes` those kept in host memory behind them; `adapter_dtype` "auto" is float32 on the
-    CPU and the model's dtype on CUDA.
+    CPU and the model's dtype on CUDA. `dtype` "auto" is bfloat16 on CUDA and on CPUs that multiply it in one
+    instruction, else float32. `native_kernels` False leaves the CPU's work to torch, as does a missing compiler.
     """
 
     base_path: str
@@ -44,10 +45,11 @@ class EngineConfig:
     adapter_dtype: str = "auto"
     max_resident_adapters: int = 2048
     num_threads: int | None = None
+    native_kernels: bool = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InvalidRequest(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+        if self.dtype not in ("auto", *DTYPES):
+            raise InvalidRequest(f"dtype={self.dtype!r} is not supported; use auto or one of {', '.join(DTYPES)}")
         if self.adapter_dtype not in ("auto", *DTYPES):
             raise InvalidRequest(
                 f"adapter_dtype={self.adapter_dtype!r} is not supported; use auto or one of {', '.join(DTYPES)}"

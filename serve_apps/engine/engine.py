@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from configs import env
+from kernels.native import Native
+from kernels.native import load as load_native
 from serve_apps.engine.adapter import read_adapter
 from serve_apps.engine.adapter_pool import AdapterPool
 from serve_apps.engine.architecture import ModelSpec, read_spec
@@ -13,7 +16,7 @@ from serve_apps.engine.config import AdapterRef, EngineConfig, FinishReason, Out
 from serve_apps.engine.errors import EngineError, InvalidRequest, PromptTooLong
 from serve_apps.engine.host_tier import HostTier
 from serve_apps.engine.kv_cache import BlockAllocator
-from serve_apps.engine.runner import Runner, StepResult, resolve_device
+from serve_apps.engine.runner import Runner, StepResult, resolve_device, resolve_dtype
 from serve_apps.engine.scheduler import Scheduled, Scheduler
 from serve_apps.engine.sequence import Choice, Sequence
 
@@ -34,8 +37,9 @@ class Engine:
         self.spec = read_spec(Path(config.base_path))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(config.base_path, local_files_only=True)
         device = resolve_device(config.device)
-        self.pool = _adapter_pool(config, self.spec, device)
-        self._runner = Runner(config, self.spec, lora_pool=self.pool.lora, device=device)
+        native = load_native(env.cache_home()) if _wants_native(config, device) else None
+        self.pool = _adapter_pool(config, self.spec, device, native)
+        self._runner = Runner(config, self.spec, lora_pool=self.pool.lora, device=device, native=native)
         self._allocator = BlockAllocator(self._runner.num_blocks)
         self._scheduler = Scheduler(
             self._allocator,
@@ -184,12 +188,16 @@ class Engine:
         self._scheduler.remove(sequence)
 
 
-def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device) -> AdapterPool:
+def _wants_native(config: EngineConfig, device: torch.device) -> bool:
+    return device.type == "cpu" and config.native_kernels and env.native_kernels()
+
+
+def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device, native: Native | None) -> AdapterPool:
     """Build the two tiers of adapters; host buffers are page-locked where a GPU copies from them."""
     name = config.adapter_dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else config.dtype
-    dtype: torch.dtype = getattr(torch, name)
+    dtype = resolve_dtype(name, device, native)
     read = partial(read_adapter, spec=spec, dtype=dtype, pin=device.type == "cuda")
     return AdapterPool(
         HostTier(read, budget_bytes=config.adapter_host_bytes),
@@ -198,6 +206,7 @@ def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device) -
         max_adapters=config.max_resident_adapters,
         dtype=dtype,
         device=device,
+        native=native,
     )
 
 

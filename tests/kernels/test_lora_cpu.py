@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 4e-2}
 CPU = torch.device("cpu")
 NUM_LAYERS, LAYER = 3, 1
 GROUPS = {"qkv": range(0, 3), "o": range(3, 4), "gate_up": range(4, 6), "down": range(6, 7)}
-# Input size, output size per module: below one vector, not a multiple of one, SmolLM's own, wider than one item of work.
+# Input size, output size per module: below one vector, not a multiple of one (and wider than one item), SmolLM's own.
 SHAPES = {
     "tiny": (5, (3, 7, 1, 4, 2, 9, 6)),
     "odd": (83, (17, 70, 33, 65, 260, 19, 515)),
@@ -80,9 +80,7 @@ def case(shape: str, group: str, popularity: str, dtype: torch.dtype) -> tuple[t
 @pytest.mark.parametrize("model_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("shape", ["tiny", "odd"])
-def test_against_the_oracle(
-    shape: str, popularity: str, model_dtype: str, adapter_dtype: str, native: Native
-) -> None:
+def test_against_the_oracle(shape: str, popularity: str, model_dtype: str, adapter_dtype: str, native: Native) -> None:
     dtype = getattr(torch, model_dtype)
     pool = random_pool(shape, getattr(torch, adapter_dtype))
     for group in GROUPS:
@@ -130,7 +128,5 @@ def test_a_token_alone_has_the_bits_it_has_in_a_batch(dtype: str, native: Native
     lora_add_(together, x, pool=pool, **call)
     for token, row in enumerate(call["step"].adapter_rows.tolist()):
         alone = y[token : token + 1].clone()
-        lora_add_(
-            alone, x[token : token + 1], pool=pool, **{**call, "step": build_step([(row, 1)], device=CPU)}
-        )
+        lora_add_(alone, x[token : token + 1], pool=pool, **{**call, "step": build_step([(row, 1)], device=CPU)})
         assert torch.equal(alone[0], together[token])
