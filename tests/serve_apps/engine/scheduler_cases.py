@@ -166,7 +166,7 @@ class Simulation:
         tenant = sequence.request.tenant
         self.service[tenant] = self.service.get(tenant, 0.0) + item.num_tokens + 2 * gives_token
         self.scheduler.commit(sequence, num_tokens=item.num_tokens, gave_token=gives_token)
-        if gives_token and sequence.append(hash(tuple(sequence.token_ids)) % 5, frozenset())[1] is not None:
+        if gives_token and sequence.append(hash(tuple(sequence.token_ids)) % 5)[1] is not None:
             self.end(sequence, "length")
 
     def finish(self, max_steps: int = 3000) -> None:
