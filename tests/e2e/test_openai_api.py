@@ -296,13 +296,15 @@ def test_an_adapter_published_while_serving_answers_and_a_tampered_one_is_refuse
     assert ask(live, "Hi", model="rank8-all").trailmark["adapter_digest"] == live.digests["rank8-all"]
 
 
+@pytest.mark.parametrize("num_choices", [1, 3])
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_client_that_hangs_up_leaves_an_aborted_receipt(live: Live, streams: bool) -> None:
+def test_a_client_that_hangs_up_leaves_an_aborted_receipt(live: Live, streams: bool, num_choices: int) -> None:
     body = {
         "model": "rank4-mixed",
         "messages": conversation("Tell me more."),
         "max_tokens": MAX_MODEL_LEN - 40,
         "ignore_eos": True,
+        "n": num_choices,
     }
     headers = {"Authorization": f"Bearer {live.secret}"}
     url = f"{live.url}/v1/chat/completions"
@@ -315,20 +317,22 @@ def test_a_client_that_hangs_up_leaves_an_aborted_receipt(live: Live, streams: b
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=body, headers=headers, timeout=httpx.Timeout(TIMEOUT_S, read=whole_s / 3))
-    receipt = wait_for(lambda: aborted_receipt(live, before))
-    assert receipt["completion_tokens"] < body["max_tokens"]
-    assert receipt["tenant"] == "acme"
+    receipts = wait_for(lambda: aborted_receipts(live, before, num_choices))
+    assert all(receipt["completion_tokens"] < body["max_tokens"] for receipt in receipts)
+    assert {receipt["tenant"] for receipt in receipts} == {"acme"}
 
 
-def aborted_receipt(live: Live, before: set[str]) -> dict[str, Any] | None:
+def aborted_receipts(live: Live, before: set[str], count: int) -> list[dict[str, Any]] | None:
     from attribution.receipts import completion_rows
 
-    for entry in live.trail.entries(kind="completions"):
-        if entry.leaf_hash not in before:
-            for row in completion_rows(live.trail, entry):
-                if row.receipt["finish_reason"] == "abort":
-                    return row.receipt
-    return None
+    found = [
+        row.receipt
+        for entry in live.trail.entries(kind="completions")
+        if entry.leaf_hash not in before
+        for row in completion_rows(live.trail, entry)
+        if row.receipt["finish_reason"] == "abort"
+    ]
+    return found if len(found) >= count else None
 
 
 def test_a_receipt_is_its_tenants_alone(live: Live) -> None:
