@@ -22,6 +22,19 @@ def home() -> Path:
     return Path.home() / HOME_DIRECTORY_NAME
 
 
+def native_kernels() -> bool:
+    """Return whether CPU kernels may be compiled and used: $TRAILMARK_NATIVE_KERNELS is not 0, off or no."""
+    return os.environ.get("TRAILMARK_NATIVE_KERNELS", "").lower() not in ("0", "off", "no")
+
+
+def cache_home() -> Path:
+    """Return the user's folder for what can be made again: $TRAILMARK_CACHE, else trailmark/ in the XDG cache."""
+    explicit = os.environ.get("TRAILMARK_CACHE")
+    if explicit:
+        return Path(explicit).expanduser().resolve()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trailmark"
+
+
 def set_variables(values: dict[str, str]) -> None:
     """Set variables for this process and its children (Ray, DeepSpeed and MLflow read theirs from the environment)."""
     os.environ.update(values)

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kernels.lora_cpu import lora_add_native_
+from kernels.native import DTYPE_CODES, Native
+
 if TYPE_CHECKING:
     from kernels.lora_work import Tiling
 
@@ -29,13 +32,15 @@ class LoraPool:
     """data: flat [W], float32 or the model's dtype; table: int64 [adapter rows, layers, 7, 3] on the same device.
 
     `host_table` holds the same numbers on the CPU (on the CPU it is `table` itself). Every offset in the table is a
-    multiple of `alignment` elements; 8 lets CUDA load 16 bytes at a time, 1 promises nothing.
+    multiple of `alignment` elements; 8 lets CUDA load 16 bytes at a time, 1 promises nothing. `native`: the
+    compiled kernels that compute on the CPU; None leaves it to torch.
     """
 
     data: Tensor
     table: Tensor
     host_table: Tensor
     alignment: int = 1
+    native: Native | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,12 @@ def lora_add_(
         from kernels.lora_triton import lora_add_triton_
 
         lora_add_triton_(y_TO, x_TI, pool=pool, step=step, layer=layer, modules=modules, out_bounds=out_bounds)
+        return
+    native = pool.native
+    if native is not None and not y_TO.is_cuda and {y_TO.dtype, pool.data.dtype} <= set(DTYPE_CODES):
+        lora_add_native_(
+            y_TO, x_TI, native=native, pool=pool, step=step, layer=layer, modules=modules, out_bounds=out_bounds
+        )
         return
     for adapter_row, start, end in step.segments.tolist():
         for index, module in enumerate(modules):

@@ -1,7 +1,6 @@
 """Public ops of the engine. Each picks its body by device; every body has a plain fp32 oracle in `kernels.reference`.
 
 Shape letters: T tokens of the step, H query heads, G key/value heads, D head size, S KV slots (blocks x block size),
-I and O a linear's input and output size, R rank rows.
 """
 
 from collections.abc import Sequence
@@ -10,27 +9,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from kernels.segments import Segment
-
-
-@dataclass(frozen=True)
-class LoraPart:
-    """One linear of a group: rank rows [rank_start, rank_end) of A feed output columns [out_start, out_end)."""
-
-    rank_start: int
-    rank_end: int
-    out_start: int
-    out_end: int
-    b_RO: Tensor
-
-
-@dataclass(frozen=True)
-class LoraGroup:
-    """One adapter's LoRA of linears that read the same input (q/k/v, gate/up, or one alone), scaling folded into B."""
-
-    a_RI: Tensor
-    parts: tuple[LoraPart, ...]
 
 
 @dataclass(frozen=True)
@@ -83,32 +61,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """Semantics: y = silu(x[..., :n]) * x[..., n:]. x: [T, 2n] -> [T, n], any float dtype."""
     half = gate_up.shape[-1] // 2
     return F.silu(gate_up[..., :half]).mul_(gate_up[..., half:])
-
-
-def lora_shrink(x_TI: Tensor, a_RI: Tensor) -> Tensor:
-    """Semantics: h = x A^T. x: [T, I], A: [R, I] of one dtype -> [T, R]."""
-    return torch.mm(x_TI, a_RI.t())
-
-
-def lora_expand_(y_TO: Tensor, h_TR: Tensor, parts: Sequence[LoraPart]) -> None:
-    """Semantics: y[:, part's columns] += h[:, part's rank rows] B_part, in place, for every part."""
-    for part in parts:
-        y_TO[:, part.out_start : part.out_end].addmm_(h_TR[:, part.rank_start : part.rank_end], part.b_RO)
-
-
-def lora_add_(y_TO: Tensor, x_TI: Tensor, *, segments: Sequence[Segment], groups: Sequence[LoraGroup | None]) -> None:
-    """Semantics: y[t] += B_a A_a x[t] in place, for every token t of every segment, a = the segment's adapter.
-
-    x: [T, I], y: [T, O] of one dtype; groups[a] is adapter a's LoRA for these linears, None where it has none. Rows in
-    no segment are not touched. Linears that read the same x share one shrink, so an adapter costs 1 + len(parts)
-    small products per group; a dense masked product over all active adapters would save calls but multiplies the
-    FLOPs by their number, which costs more from a few adapters of rank 16 on.
-    """
-    for segment in segments:
-        group = groups[segment.adapter_row]
-        if group is not None:
-            shrunk = lora_shrink(x_TI[segment.start : segment.end], group.a_RI)
-            lora_expand_(y_TO[segment.start : segment.end], shrunk, group.parts)
 
 
 def kv_write_(cache_SGD: Tensor, new_TGD: Tensor, slot_mapping_T: Tensor) -> None:

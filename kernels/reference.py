@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.lora import LoraPool
-from kernels.ops import AttentionRun, LoraGroup
-from kernels.segments import Segment
+from kernels.lora import LoraPool, LoraStep
+from kernels.ops import AttentionRun
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,15 +35,25 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
-def lora_add(y_TO: Tensor, x_TI: Tensor, *, segments: Sequence[Segment], groups: Sequence[LoraGroup | None]) -> Tensor:
-    """Return y plus each token's own adapter's B A x, token by token and part by part, in fp32."""
+def lora_add(
+    y_TO: Tensor,
+    x_TI: Tensor,
+    *,
+    pool: LoraPool,
+    step: LoraStep,
+    layer: int,
+    modules: range,
+    out_bounds: Sequence[int],
+) -> Tensor:
+    """Return y plus each token's own adapter's B A x, token by token and module by module, in fp32."""
     y = y_TO.float().clone()
-    for segment in segments:
-        group = groups[segment.adapter_row]
-        for token in range(segment.start, segment.end):
-            for part in group.parts if group is not None else ():
-                a = group.a_RI[part.rank_start : part.rank_end].float()  # type: ignore[union-attr]
-                y[token, part.out_start : part.out_end] += part.b_RO.float().t() @ (a @ x_TI[token].float())
+    for token, adapter_row in enumerate(step.adapter_rows.tolist()):
+        for module, out_start, out_end in zip(modules, out_bounds, out_bounds[1:], strict=False):
+            a_start, b_start, rank = pool.table[adapter_row, layer, module].tolist() if adapter_row >= 0 else (0, 0, 0)
+            for row in range(rank):
+                a_I = pool.data[a_start + row * x_TI.shape[1] :][: x_TI.shape[1]].float()
+                b_O = pool.data[b_start + row * (out_end - out_start) :][: out_end - out_start].float()
+                y[token, out_start:out_end] += b_O * (a_I @ x_TI[token].float())
     return y
 
 
@@ -84,20 +93,51 @@ def paged_attention(
     return out
 
 
-def top_k_top_p(logits_V: Tensor, *, top_k: int, top_p: float, temperature: float) -> list[float]:
+def edited_logits(
+    logits_V: Tensor,
+    *,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    repetition: float = 1.0,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+    bias: Sequence[tuple[int, float]] = (),
+    forbidden: Sequence[int] = (),
+) -> list[float]:
+    """Return one row's logits after penalties, biases and forbidden tokens, token by token in Python floats.
+
+    Repetition: https://arxiv.org/abs/1909.05858, over prompt and output; presence and frequency over the output, as
+    https://platform.openai.com/docs/api-reference defines them.
+    """
+    edited = []
+    for token, logit in enumerate(logits_V.tolist()):
+        if token in prompt or token in output:
+            logit = logit / repetition if logit > 0 else logit * repetition
+        count = list(output).count(token)
+        logit -= presence * (count > 0) + frequency * count
+        logit += dict(bias).get(token, 0.0)
+        edited.append(-math.inf if token in forbidden else logit)
+    return edited
+
+
+def top_k_top_p(
+    logits_V: Tensor | Sequence[float], *, top_k: int, top_p: float, temperature: float, min_p: float = 0.0
+) -> list[float]:
     """Return the distribution that sampling draws from, computed in Python floats.
 
-    Keep the `top_k` best (0: all), then the fewest of them whose share reaches `top_p`; ties go to the lower id.
+    Keep the `top_k` best (0: all), then the fewest of them whose share reaches `top_p` (1: all), of these the ones at
+    least `min_p` times as likely as the best; ties go to the lower id.
     """
-    order = sorted(range(len(logits_V)), key=lambda token: (-float(logits_V[token]), token))
+    logits = [float(logit) for logit in logits_V]
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     kept = order[:top_k] if top_k else order
-    best = float(logits_V[kept[0]])
-    weights = [math.exp((float(logits_V[token]) - best) / temperature) for token in kept]
+    weights = [math.exp((logits[token] - logits[kept[0]]) / temperature) for token in kept]
     total, running, nucleus = sum(weights), 0.0, []
     for token, weight in zip(kept, weights, strict=True):
-        nucleus.append((token, weight))
+        if weight >= min_p:
+            nucleus.append((token, weight))
         running += weight / total
-        if running >= top_p:
+        if top_p < 1 and running >= top_p:
             break
     kept_total = sum(weight for _, weight in nucleus)
     probabilities = [0.0] * len(order)
@@ -106,26 +146,11 @@ def top_k_top_p(logits_V: Tensor, *, top_k: int, top_p: float, temperature: floa
     return probabilities
 
 
-def lora_pool_add(
-    y_TO: Tensor,
-    x_TI: Tensor,
-    *,
-    pool: LoraPool,
-    adapter_rows: Tensor,
-    layer: int,
-    modules: range,
-    out_bounds: Sequence[int],
-) -> Tensor:
-    """Return y plus each token's own adapter's B A x, token by token and module by module, in fp32."""
-    y = y_TO.float().clone()
-    for token, adapter_row in enumerate(adapter_rows.tolist()):
-        for index, module in enumerate(modules):
-            a_offset, b_offset, rank = pool.host_table[adapter_row, layer, module].tolist()
-            if adapter_row < 0 or not rank:
-                continue
-            columns = slice(out_bounds[index], out_bounds[index + 1])
-            width = columns.stop - columns.start
-            a = pool.data[a_offset : a_offset + rank * x_TI.shape[1]].view(rank, -1).float()
-            b = pool.data[b_offset : b_offset + rank * width].view(rank, width).float()
-            y[token, columns] += b.t() @ (a @ x_TI[token].float())
-    return y
+def pick(probabilities: Sequence[float], order: Sequence[int], point: float) -> int:
+    """Return the first token, taken in `order`, at which the summed probability exceeds `point`."""
+    running = 0.0
+    for token in order:
+        running += probabilities[token]
+        if running > point and probabilities[token] > 0:
+            return token
+    return max(range(len(probabilities)), key=probabilities.__getitem__)

@@ -10,7 +10,14 @@ from attribution.store import StoreError
 from serve_apps.adapters import VerifiedAdapters
 from serve_apps.calls import Answer, Call, Delta, Piece
 from serve_apps.engine.config import Output, Request, TokenLogprob
-from serve_apps.engine.errors import AdapterCacheFull, EngineClosed, EngineError, InvalidRequest, PromptTooLong
+from serve_apps.engine.errors import (
+    AdapterCacheFull,
+    EngineClosed,
+    EngineError,
+    InvalidRequest,
+    MissingExtra,
+    PromptTooLong,
+)
 from serve_apps.errors import ApiError, Problem, internal, overloaded, tampered
 from serve_apps.openai import output_digest
 from serve_apps.usage import Receipts, Server, receipt_row
@@ -147,6 +154,8 @@ def _engine_problem(error: EngineError) -> Problem:
         return Problem(400, str(error), code="context_length_exceeded")
     if isinstance(error, InvalidRequest):
         return Problem(400, str(error), code="invalid_value")
+    if isinstance(error, MissingExtra):
+        return Problem(400, str(error), code="unsupported_parameter", param="response_format")
     logger.error("the engine refused an adapter: %s", error)
     message = "The engine cannot serve this model. Tell the operator."
     return Problem(500, message, code="model_not_servable", type="server_error", param="model", retry=False)

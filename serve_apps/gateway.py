@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -22,6 +22,7 @@ from configs.schema import ServeSettings
 from serve_apps.apikeys import ANONYMOUS, ApiKeys, Principal, keys_path
 from serve_apps.calls import Answer, Call, Piece
 from serve_apps.catalogue import Catalogue
+from serve_apps.choices import IndexedPiece, complete_all, split, stream_all
 from serve_apps.errors import (
     ApiError,
     Problem,
@@ -35,6 +36,7 @@ from serve_apps.errors import (
 )
 from serve_apps.openai import ChatRequest, CompletionRequest, Parsed, now_us, parse, sampling_of
 from serve_apps.replies import DONE, ReplyForm, event
+from serve_apps.response_format import check_servable
 from serve_apps.spool import Spool
 
 logger = logging.getLogger(__name__)
@@ -128,16 +130,16 @@ class Gateway:
         """Answer POST /v1/chat/completions or /v1/completions."""
         principal = self.principal(request)
         parsed = parse(await _body(request), kind)
-        call = await self._call(parsed, principal)
+        calls = split(await self._call(parsed, principal), parsed.request.num_choices)
         is_chat = isinstance(parsed.request, ChatRequest)
-        form = ReplyForm(is_chat, self._token_text, bool(parsed.request.return_token_ids))
+        form = ReplyForm(is_chat, self._token_text, calls, bool(parsed.request.return_token_ids))
         if parsed.request.stream:
-            return await self._streamed(call, form, include_usage=parsed.request.include_usage)
-        with self._running(call):
-            result = await self._backend.complete(call)
+            return await self._streamed(form, include_usage=parsed.request.include_usage)
+        with self._running(calls):
+            result = await complete_all(self._backend, calls)
             if isinstance(result, Problem):
                 raise ApiError(result)
-        return JSONResponse(form.whole(call, result), headers={RECEIPT_HEADER: call.receipt_id})
+        return JSONResponse(form.whole(result), headers=_receipt_header(calls))
 
     async def receipt(self, request: Request, receipt_id: str) -> Response:
         """Answer GET /v1/receipts/{id}: the bundle that can be verified offline, or 202 while it is on its way."""
@@ -210,7 +212,11 @@ class Gateway:
             num_prompt=len(token_ids),
             default_max_tokens=self._settings.default_max_tokens,
             limit=self._settings.max_model_len,
+            vocab_size=len(self._tokenizer),
         )
+        grammar = sampling.grammar
+        if grammar is not None:
+            await _in(self._text_thread, lambda: check_servable(grammar))
         time_us = now_us()
         return Call(
             receipt_id=new_receipt_id(time_us),
@@ -240,40 +246,45 @@ class Gateway:
             raise invalid("prompt", f"token ids must be between 0 and {len(self._tokenizer) - 1}")
         return {"prompt": prompt}, tuple(ids)
 
-    async def _streamed(self, call: Call, form: ReplyForm, *, include_usage: bool) -> Response:
+    async def _streamed(self, form: ReplyForm, *, include_usage: bool) -> Response:
         """Wait for the first piece, so that a refusal has its own status, then stream."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._running(call))
-            pieces = self._backend.stream(call)
+            stack.enter_context(self._running(form.calls))
+            pieces = stream_all(self._backend, form.calls)
             try:
                 first = await anext(pieces)
             except BaseException:
                 await pieces.aclose()
                 raise
-            if isinstance(first, Problem):
+            if isinstance(first[1], Problem):
                 await pieces.aclose()
-                raise ApiError(first)
-            events = _events(call, form, first, pieces, include_usage=include_usage)
-            return EventStream(events, stack.pop_all(), headers={RECEIPT_HEADER: call.receipt_id})
+                raise ApiError(first[1])
+            events = _events(form, first, pieces, include_usage=include_usage)
+            return EventStream(events, stack.pop_all(), headers=_receipt_header(form.calls))
 
     @contextlib.contextmanager
-    def _running(self, call: Call) -> Any:
-        """Count a request while it runs and remember its receipt id, unless it is refused."""
+    def _running(self, calls: Sequence[Call]) -> Any:
+        """Count a request's calls while they run and remember their receipt ids, unless it is refused."""
         limit = self._settings.max_running_requests
-        if self._num_running >= limit:
+        if len(calls) > limit:
+            raise invalid("n", f"{len(calls)} choices are more than the {limit} that this server answers at a time")
+        if self._num_running + len(calls) > limit:
             raise rate_limited(limit)
-        self._num_running += 1
-        issued = self._issued[call.receipt_id] = _Issued(call.tenant)
+        self._num_running += len(calls)
+        issued = {call.receipt_id: _Issued(call.tenant) for call in calls}
+        self._issued.update(issued)
         while len(self._issued) > MAX_REMEMBERED:
             self._issued.popitem(last=False)
         try:
             yield
         except ApiError:
-            self._issued.pop(call.receipt_id, None)
+            for receipt_id in issued:
+                self._issued.pop(receipt_id, None)
             raise
         finally:
-            issued.ended_at = time.monotonic()
-            self._num_running -= 1
+            for one in issued.values():
+                one.ended_at = time.monotonic()
+            self._num_running -= len(calls)
 
     def _token_text(self, token_id: int) -> str:
         return str(self._tokenizer.decode([token_id]))
@@ -297,29 +308,40 @@ class EventStream(StreamingResponse):
 
 
 async def _events(
-    call: Call, form: ReplyForm, first: Piece, pieces: AsyncGenerator[Piece, None], *, include_usage: bool
+    form: ReplyForm, first: IndexedPiece, pieces: AsyncGenerator[IndexedPiece, None], *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     """Yield the stream's events. A problem after the first token is an error event, as OpenAI sends it."""
+    answers: dict[int, Answer] = {}
     async with contextlib.aclosing(pieces):
-        opening = form.opening(call)
-        if opening is not None:
-            yield event(opening)
-        async for piece in _chain(first, pieces):
+        for index in range(len(form.calls)):
+            opening = form.opening(index)
+            if opening is not None:
+                yield event(opening)
+        async for index, piece in _chain(first, pieces):
             if isinstance(piece, Problem):
                 yield event(piece.body())
                 return
             if isinstance(piece, Answer):
-                for body in form.closing(call, piece, include_usage=include_usage):
-                    yield event(body)
-                yield DONE
+                answers[index] = piece
+                yield event(form.closing(index, piece))
             elif piece.text or piece.logprobs:
-                yield event(form.delta(call, piece.text, piece.logprobs))
+                yield event(form.delta(index, piece.text, piece.logprobs))
+        if len(answers) < len(form.calls):
+            return
+        if include_usage:
+            yield event(form.usage_chunk([answers[index] for index in sorted(answers)]))
+        yield DONE
 
 
-async def _chain(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+async def _chain(first: IndexedPiece, rest: AsyncIterator[IndexedPiece]) -> AsyncIterator[IndexedPiece]:
     yield first
     async for piece in rest:
         yield piece
+
+
+def _receipt_header(calls: Sequence[Call]) -> dict[str, str]:
+    """Return the header with the receipt ids, in the order of the choices."""
+    return {RECEIPT_HEADER: ", ".join(call.receipt_id for call in calls)}
 
 
 async def _in(executor: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:

@@ -9,15 +9,17 @@ import json
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import rfc8785
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from serve_apps.engine.config import SamplingParams
 from serve_apps.errors import ApiError, Problem, context_too_long, invalid, malformed, unrecognised, unsupported
+from serve_apps.response_format import FIELDS, TAGS, ResponseFormat, TextFormat, grammar_of
 
 MAX_STOPS = 4
+MAX_CHOICES = 16
 MAX_SAFE_INTEGER = 2**53 - 1  # RFC 8785 numbers; the request digest covers the seed
 
 IGNORED = frozenset(
@@ -28,16 +30,11 @@ IGNORED = frozenset(
 )
 # Field -> (values that ask for nothing, why anything else is refused).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "n": ((1,), "one request gives one choice with one receipt; send n requests"),
-    "best_of": ((1,), "one request gives one choice with one receipt"),
+    "best_of": ((1,), "choices are not ranked; ask for `n` and choose"),
     "tools": (([],), "tool calls are not served"),
     "tool_choice": (("none", "auto"), "tool calls are not served"),
     "functions": (([],), "function calls are not served"),
     "function_call": (("none", "auto"), "function calls are not served"),
-    "response_format": (({"type": "text"},), "only {'type': 'text'} is served; ask for JSON in the prompt"),
-    "logit_bias": (({},), "token biases are not served"),
-    "presence_penalty": ((0, 0.0), "penalties are not served; leave it at 0"),
-    "frequency_penalty": ((0, 0.0), "penalties are not served; leave it at 0"),
     "echo": ((False,), "the prompt is not repeated"),
     "suffix": (("",), "insertion is not served"),
     "modalities": ((["text"],), "only text is served"),
@@ -86,7 +83,16 @@ class _Common(_Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    response_format: ResponseFormat | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-MAX_SAFE_INTEGER, le=MAX_SAFE_INTEGER)
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -97,6 +103,11 @@ class _Common(_Body):
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def num_choices(self) -> int:
+        """Answers wanted."""
+        return self.n or 1
 
     @property
     def requested_tokens(self) -> int | None:
@@ -193,20 +204,23 @@ def output_digest(text: str, token_ids: tuple[int, ...]) -> str:
 
 
 def sampling_of(
-    request: ChatRequest | CompletionRequest, *, num_prompt: int, default_max_tokens: int, limit: int
+    request: ChatRequest | CompletionRequest, *, num_prompt: int, default_max_tokens: int, limit: int, vocab_size: int
 ) -> SamplingParams:
     """Return engine parameters. Temperature is 1 when left out, as OpenAI has it; a seed is drawn when none is given.
 
-    `limit` is the context length in tokens. Raises ApiError when prompt and answer do not fit.
+    `limit` is the context length in tokens. Raises ApiError when prompt and answer do not fit, or a token id is none.
     """
     param = "messages" if isinstance(request, ChatRequest) else "prompt"
     requested = request.requested_tokens
     room = limit - num_prompt
     if room < 1 or (requested is not None and requested > room):
         raise context_too_long(num_prompt=num_prompt, num_requested=requested or 0, limit=limit, param=param)
+    max_tokens, min_tokens = requested or min(default_max_tokens, room), request.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise invalid("min_tokens", f"{min_tokens} is more than the {max_tokens} tokens the answer may have; lower it")
     temperature = 1.0 if request.temperature is None else float(request.temperature)
     return SamplingParams(
-        max_tokens=requested or min(default_max_tokens, room),
+        max_tokens=max_tokens,
         temperature=temperature,
         top_p=1.0 if request.top_p is None else float(request.top_p),
         top_k=request.top_k or 0,
@@ -214,6 +228,14 @@ def sampling_of(
         seed=secrets.randbelow(2**31) if request.seed is None and temperature > 0 else request.seed,
         logprobs=request.num_logprobs,
         ignore_eos=bool(request.ignore_eos),
+        min_p=float(request.min_p or 0),
+        repetition_penalty=1.0 if request.repetition_penalty is None else float(request.repetition_penalty),
+        presence_penalty=float(request.presence_penalty or 0),
+        frequency_penalty=float(request.frequency_penalty or 0),
+        logit_bias=_biases(request.logit_bias or {}, vocab_size),
+        min_tokens=min_tokens,
+        stop_token_ids=_token_ids("stop_token_ids", request.stop_token_ids or [], vocab_size),
+        grammar=grammar_of(request.response_format),
     )
 
 
@@ -280,6 +302,27 @@ def _check_combinations(request: ChatRequest | CompletionRequest) -> None:
     if isinstance(request, CompletionRequest):
         request.single_prompt()
     _stops(request.stop)
+    if request.response_format is not None and not isinstance(request.response_format, TextFormat):
+        for name in ("stop", "stop_token_ids", "min_tokens", "ignore_eos"):
+            if getattr(request, name):
+                reason = "does not go with `response_format`, which itself says where the answer ends; leave it out"
+                raise invalid(name, reason)
+
+
+def _biases(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """Return (token id, bias) pairs of OpenAI's {"token id": bias}."""
+    wrong = next((key for key in biases if not (key.isascii() and key.isdigit() and str(int(key)) == key)), None)
+    if wrong is not None:
+        raise invalid("logit_bias", f"the key {wrong!r} is no token id; use whole numbers in quotes")
+    token_ids = _token_ids("logit_bias", [int(key) for key in biases], vocab_size)
+    return tuple((token_id, float(bias)) for token_id, bias in zip(token_ids, biases.values(), strict=True))
+
+
+def _token_ids(param: str, token_ids: list[int], vocab_size: int) -> tuple[int, ...]:
+    wrong = next((token_id for token_id in token_ids if token_id >= vocab_size), None)
+    if wrong is not None:
+        raise invalid(param, f"{wrong} is no token id of this model; they are 0 to {vocab_size - 1}")
+    return tuple(token_ids)
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -298,8 +341,7 @@ def _refusal(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     first = max(of_field, key=lambda finding: len(finding["loc"]))
     param = _path(first["loc"])
     if first["type"] == "extra_forbidden":
-        in_message = param.startswith("messages[")
-        return unrecognised(param, ChatMessage.model_fields if in_message else [*kind.model_fields, *IGNORED, *REFUSED])
+        return unrecognised(param, _known_beside(param, kind))
     if first["type"] == "missing":
         return ApiError(
             Problem(400, f"Missing required parameter: `{param}`.", code="missing_required_parameter", param=param)
@@ -308,9 +350,18 @@ def _refusal(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     return invalid(param, f"{wanted}, got {json.dumps(first['input'], default=str)[:80]}")
 
 
+def _known_beside(param: str, kind: type[BaseModel]) -> list[str]:
+    """Return the names that are known where `param` stands."""
+    if param.startswith("messages["):
+        return list(ChatMessage.model_fields)
+    return list(FIELDS) if param.startswith("response_format") else [*kind.model_fields, *IGNORED, *REFUSED]
+
+
 def _path(loc: tuple[int | str, ...]) -> str:
     """Return `messages[0].content` of a pydantic location, without the names that pydantic gives to union members."""
     path = ""
+    if loc[:1] == ("response_format",) and loc[1:2] and loc[1] in TAGS:
+        loc = (loc[0], *loc[2:])
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"

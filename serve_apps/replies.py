@@ -16,63 +16,79 @@ TokenText = Callable[[int], str]
 
 @dataclass(frozen=True)
 class ReplyForm:
-    """What the two endpoints do differently: object names, and how a choice carries text and log-probabilities."""
+    """The replies to one request: `calls` holds one call per choice, in order.
+
+    The two endpoints differ in object names, and in how a choice carries text and log-probabilities.
+    """
 
     is_chat: bool
     token_text: TokenText
+    calls: tuple[Call, ...]
     return_token_ids: bool = False
 
-    def whole(self, call: Call, answer: Answer) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Return the body of a request that does not stream."""
+        choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
+        reply = self._frame("chat.completion" if self.is_chat else "text_completion", choices)
+        return {**reply, "usage": usage(answers), "trailmark": self._trail_of_all(answers)}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Return the chunk that names a choice's role; completions have none."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, None, None) if self.is_chat else None
+
+    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Return the chunk for new text of a choice."""
+        written = self._logprobs(logprobs) if self.calls[0].sampling.logprobs is not None else None
+        return self._chunk(index, {"content": text} if self.is_chat else text, None, written)
+
+    def closing(self, index: int, answer: Answer) -> dict[str, Any]:
+        """Return a choice's last chunk, with its finish reason and receipt."""
+        last = self._chunk(index, {} if self.is_chat else "", answer.finish_reason, None)
+        return {**last, "trailmark": self._trail(index, answer)}
+
+    def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the chunk that ends a stream for which usage was asked: no choices, all receipts."""
+        frame = self._frame("chat.completion.chunk" if self.is_chat else "text_completion", [])
+        return {**frame, "usage": usage(answers), "trailmark": self._trail_of_all(answers)}
+
+    def _whole_choice(self, index: int, answer: Answer) -> dict[str, Any]:
         content: dict[str, Any]
         if self.is_chat:
             content = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
         else:
             content = {"text": answer.text}
-        logprobs = self._logprobs(answer.logprobs) if call.sampling.logprobs is not None else None
-        choice = {"index": 0, **content, "logprobs": logprobs, "finish_reason": answer.finish_reason}
-        reply = self._frame(call, "chat.completion" if self.is_chat else "text_completion", [choice])
-        return {**reply, "usage": usage(answer), "trailmark": self._trail(call, answer)}
-
-    def opening(self, call: Call) -> dict[str, Any] | None:
-        """Return the chunk that names the role; completions have none."""
-        return self._chunk(call, {"role": "assistant", "content": ""}, None, None) if self.is_chat else None
-
-    def delta(self, call: Call, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Return the chunk for new text."""
-        written = self._logprobs(logprobs) if call.sampling.logprobs is not None else None
-        return self._chunk(call, {"content": text} if self.is_chat else text, None, written)
-
-    def closing(self, call: Call, answer: Answer, *, include_usage: bool) -> list[dict[str, Any]]:
-        """Return the chunk with finish reason and receipt, and the usage chunk (no choices) when it was asked for."""
-        trail = self._trail(call, answer)
-        last = {**self._chunk(call, {} if self.is_chat else "", answer.finish_reason, None), "trailmark": trail}
-        if not include_usage:
-            return [last]
-        return [last, {**self._frame(call, last["object"], []), "usage": usage(answer), "trailmark": trail}]
+        logprobs = self._logprobs(answer.logprobs) if self.calls[0].sampling.logprobs is not None else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 
     def _chunk(
-        self, call: Call, content: dict[str, str] | str, finish_reason: str | None, logprobs: dict[str, Any] | None
+        self, index: int, content: dict[str, str] | str, finish_reason: str | None, logprobs: dict[str, Any] | None
     ) -> dict[str, Any]:
         field = "delta" if self.is_chat else "text"
-        choice = {"index": 0, field: content, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._frame(call, "chat.completion.chunk" if self.is_chat else "text_completion", [choice])
+        choice = {"index": index, field: content, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._frame("chat.completion.chunk" if self.is_chat else "text_completion", [choice])
 
-    def _frame(self, call: Call, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _frame(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         prefix = "chatcmpl-" if self.is_chat else "cmpl-"
         return {
-            "id": prefix + call.receipt_id.removeprefix("rcpt_"),
+            "id": prefix + self.calls[0].receipt_id.removeprefix("rcpt_"),
             "object": name,
-            "created": call.time_us // 1_000_000,
-            "model": call.model,
+            "created": self.calls[0].time_us // 1_000_000,
+            "model": self.calls[0].model,
             "choices": choices,
         }
 
-    def _trail(self, call: Call, answer: Answer) -> dict[str, Any]:
+    def _trail_of_all(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return choice 0's trail, and where there are several choices each one's under `choices`."""
+        trails = [self._trail(index, answer) for index, answer in enumerate(answers)]
+        if len(trails) == 1:
+            return trails[0]
+        return {**trails[0], "choices": [{"index": index, **trail} for index, trail in enumerate(trails)]}
+
+    def _trail(self, index: int, answer: Answer) -> dict[str, Any]:
         trail: dict[str, Any] = {
-            "receipt_id": call.receipt_id,
+            "receipt_id": self.calls[index].receipt_id,
             "adapter_digest": answer.adapter_digest,
-            "request_digest": call.request_digest,
+            "request_digest": self.calls[index].request_digest,
             "output_digest": answer.output_digest,
         }
         return {**trail, "token_ids": list(answer.token_ids)} if self.return_token_ids else trail
@@ -109,9 +125,9 @@ class ReplyForm:
         }
 
 
-def usage(answer: Answer) -> dict[str, int]:
-    """Return token counts as OpenAI names them."""
-    prompt, completion = answer.num_prompt_tokens, answer.num_completion_tokens
+def usage(answers: Sequence[Answer]) -> dict[str, int]:
+    """Return token counts as OpenAI names and counts them: the prompt once, the answers of all choices."""
+    prompt, completion = answers[0].num_prompt_tokens, sum(answer.num_completion_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

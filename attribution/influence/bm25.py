@@ -1,5 +1,6 @@
 """Baselines that every influence answer is shown beside: word overlap (BM25) and chance."""
 
+import logging
 import random
 import re
 from collections.abc import Sequence
@@ -21,16 +22,34 @@ class Ranked:
 def bm25_ranking(examples: Sequence[TraceExample], query: str, *, num_hits: int) -> tuple[Ranked, ...]:
     """Rank contributors by the summed BM25 score of their rows among the `num_hits` best hits for `query`.
 
-    Okapi BM25 (k1 1.5, b 0.75) over lower-cased words. Only the best hits count, as a search engine would credit them:
+    BM25 over lower-cased words. Only the best hits count, as a search engine would credit them:
     summing over all rows would rank contributors by how much they wrote.
     """
-    from rank_bm25 import BM25Okapi
-
-    scores = BM25Okapi([_words(example.text) or [""] for example in examples]).get_scores(_words(query))
+    scores = bm25_scores([_words(example.text) for example in examples], _words(query))
     totals = dict.fromkeys(contributors_of(examples), 0.0)
     for row in sorted(range(len(examples)), key=lambda row: (-scores[row], row))[:num_hits]:
         totals[examples[row].contributor] += max(0.0, float(scores[row]))
     return tuple(Ranked(key, totals[key]) for key in sorted(totals, key=lambda key: (-totals[key], key)))
+
+
+def bm25_scores(rows: Sequence[list[str]], query: list[str]) -> Sequence[float]:
+    """Return each row's score; a word that stands twice in the query counts twice.
+
+    Semantics: sum over words of idf * tf / (tf + 1.5 (0.25 + 0.75 length / mean length)), with Lucene's
+    idf = log(1 + (N - df + 0.5) / (df + 0.5)), which stays above 0 for words that stand in most rows.
+    """
+    from bm25s import BM25
+
+    # The library sets its logger to DEBUG when it is imported and reports each index there.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    known = {word for row in rows for word in row}
+    asked = [word for word in query if word in known]
+    if not asked:
+        return [0.0] * len(rows)
+    index = BM25(k1=1.5, b=0.75, method="lucene", dtype="float64", backend="numpy")
+    index.index([row or [""] for row in rows], create_empty_token=False, show_progress=False)
+    scores: Sequence[float] = index.get_scores(asked).tolist()
+    return scores
 
 
 def random_ranking(examples: Sequence[TraceExample], *, seed: str) -> tuple[Ranked, ...]:

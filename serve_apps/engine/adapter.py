@@ -10,19 +10,18 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from kernels.ops import LoraGroup, LoraPart
-from serve_apps.engine.architecture import GROUPS, LINEAR_MODULES, ModelSpec
+from serve_apps.engine.architecture import LINEAR_MODULES, ModelSpec
 from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.errors import CorruptAdapter, UnknownAdapter, UnsupportedAdapter
+from serve_apps.engine.packed_adapter import LoraWeights, PackedAdapter, pack
 
 CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 WHAT_WORKS = (
@@ -78,52 +77,76 @@ FEATURE_NAMES = {
 }
 # Initialisations that leave the base model as it is; the others (PiSSA, OLoRA, LoftQ, ...) change its weights.
 BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+FLOATING_DTYPES = ("F64", "F32", "F16", "BF16")
 TENSOR_NAME = re.compile(
     r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>\w+))\.lora_(?P<side>[AB])\.weight"
 )
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter on its device: a packed buffer, and per layer and group of linears the views into it."""
+def inspect_adapter(ref: AdapterRef, spec: ModelSpec) -> int:
+    """Check all that the config and the head of the weights tell, in a millisecond or so; return the number of weights.
 
-    digest: str
-    groups: tuple[dict[str, LoraGroup | None], ...]
-    num_bytes: int
-    buffer: Tensor
+    Raises as `read_adapter`, which alone sees values that are not finite and files that differ from their manifest.
+    """
+    folder = _folder(ref)
+    config = _config(_read_file(folder / CONFIG_FILE), folder)
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no dict
+                part = handle.get_slice(name)
+                dtype = torch.float32 if part.get_dtype() in FLOATING_DTYPES else torch.int8
+                tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    except (SafetensorError, OSError) as error:
+        raise CorruptAdapter(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
+    modules = _modules(config, tensors, spec, folder)
+    return sum(module.a.numel() + module.b.numel() for module in modules.values())
 
 
-@dataclass(frozen=True)
-class _Module:
-    """One adapted linear: A [rank, in], B [out, rank], and the factor on B A."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-
-def read_adapter(ref: AdapterRef, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> Adapter:
+def read_adapter(ref: AdapterRef, spec: ModelSpec, *, dtype: torch.dtype, pin: bool = False) -> PackedAdapter:
     """Read, check and pack the adapter at `ref.path`. Raises UnknownAdapter, CorruptAdapter or UnsupportedAdapter."""
+    folder = _folder(ref)
+    contents = {name: _read_file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    digest, content_digest = _digests(folder, ref.digest, contents)
+    config = _config(contents[CONFIG_FILE], folder)
+    try:
+        tensors = load_safetensors(contents[WEIGHTS_FILE])
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise CorruptAdapter(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
+    modules = _modules(config, tensors, spec, folder)
+    packed = pack(digest, modules, content_digest=content_digest, num_layers=spec.num_layers, dtype=dtype, pin=pin)
+    if not bool(torch.isfinite(packed.data).all()):
+        _refuse_not_finite(tensors, folder, dtype)
+    return packed
+
+
+def _folder(ref: AdapterRef) -> Path:
     folder = Path(ref.path)
     if not (folder / CONFIG_FILE).is_file():
         raise UnknownAdapter(
             f"adapter {ref.digest} has no {CONFIG_FILE} at {folder}; give the folder of a PEFT LoRA adapter"
         )
-    config_bytes, weight_bytes = _read_file(folder / CONFIG_FILE), _read_file(folder / WEIGHTS_FILE)
-    digest = _content_digest(folder, ref.digest, {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weight_bytes})
+    return folder
+
+
+def _config(content: bytes, folder: Path) -> dict[str, Any]:
+    """Parse adapter_config.json and refuse what is not computed."""
     try:
-        config = json.loads(config_bytes)
+        config = json.loads(content)
     except ValueError as error:
         raise CorruptAdapter(f"{folder / CONFIG_FILE} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CorruptAdapter(f"{folder / CONFIG_FILE} is not a JSON object")
     _refuse_unsupported(config, folder)
-    try:
-        tensors = load_safetensors(weight_bytes)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise CorruptAdapter(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
-    modules = _modules(config, tensors, spec, folder)
-    return _pack(digest, modules, spec, dtype=dtype, device=device)
+    return config
+
+
+def _refuse_not_finite(tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Raise CorruptAdapter naming the tensor that made a packed adapter infinite or NaN."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CorruptAdapter(f"tensor {name} in {folder} holds values that are not finite numbers")
+    raise CorruptAdapter(f"the weights in {folder} overflow {dtype} once scaled; use a wider adapter_dtype")
 
 
 def _read_file(path: Path) -> bytes:
@@ -134,26 +157,27 @@ def _read_file(path: Path) -> bytes:
         raise CorruptAdapter(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _content_digest(folder: Path, digest: str, contents: dict[str, bytes]) -> str:
-    """Return the digest of what was read: of the manifest, held against `digest` and the files.
+def _digests(folder: Path, digest: str, contents: dict[str, bytes]) -> tuple[str, str]:
+    """Return the digest of what was read, and one that differs whenever the content does.
 
-    A folder without a manifest does not come from the content-addressed store and keeps `digest`.
+    A folder of the content-addressed store is held against its manifest, whose digest is both. One without a manifest
+    keeps `digest`, which says nothing about its content.
     """
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        return digest
+        return digest, f"files {json.dumps(hashes, sort_keys=True)}"
     manifest_bytes = _read_file(path)
     manifest_digest = f"sha256:{hashlib.sha256(manifest_bytes).hexdigest()}"
     if manifest_digest != digest:
         raise CorruptAdapter(f"{path} does not hash to the adapter's digest {digest}; fetch the adapter again")
     recorded = {entry["path"]: entry["sha256"] for entry in json.loads(manifest_bytes)["files"]}
-    for name, content in contents.items():
-        found = hashlib.sha256(content).hexdigest()
+    for name, found in hashes.items():
         if str(recorded.get(name, "")).removeprefix("sha256:") != found:
             raise CorruptAdapter(
                 f"{folder / name} has changed since it was stored: sha256 {found} is not in its manifest"
             )
-    return manifest_digest
+    return manifest_digest, manifest_digest
 
 
 def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
@@ -178,7 +202,7 @@ def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
 
 def _modules(
     config: dict[str, Any], tensors: dict[str, Tensor], spec: ModelSpec, folder: Path
-) -> dict[tuple[int, str], _Module]:
+) -> dict[tuple[int, str], LoraWeights]:
     """Match the file's tensors with what the config targets, each with its rank and scaling; both must say the same."""
     found: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -241,7 +265,9 @@ def _by_pattern(patterns: dict[str, float] | None, name: str, default: float) ->
     return default
 
 
-def _module(config: dict[str, Any], name: str, sides: dict[str, Tensor], *, spec: ModelSpec, folder: Path) -> _Module:
+def _module(
+    config: dict[str, Any], name: str, sides: dict[str, Tensor], *, spec: ModelSpec, folder: Path
+) -> LoraWeights:
     """Check one module's A and B and compute its scaling."""
     rank = int(_by_pattern(config.get("rank_pattern"), name, config.get("r", 8)))
     alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
@@ -256,59 +282,7 @@ def _module(config: dict[str, Any], name: str, sides: dict[str, Tensor], *, spec
             raise CorruptAdapter(
                 f"tensor {name}.lora_{side}.weight in {folder} is {list(tensor.shape)}; config says {list(shape)}"
             )
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise CorruptAdapter(
-                f"tensor {name}.lora_{side}.weight in {folder} holds values that are not finite numbers"
-            )
+        if not tensor.is_floating_point():
+            raise CorruptAdapter(f"tensor {name}.lora_{side}.weight in {folder} is {tensor.dtype}, not floating point")
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return _Module(sides["A"], sides["B"], scaling)
-
-
-def _pack(
-    digest: str, modules: dict[tuple[int, str], _Module], spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
-) -> Adapter:
-    """Pack all modules at true rank, layer by layer: A rows of a group, then each B scaled, as rank rows."""
-    num_elements = sum(module.a.numel() + module.b.numel() for module in modules.values())
-    buffer = torch.empty(num_elements, dtype=dtype)
-    layout: list[dict[str, tuple[int, int, int, list[tuple[int, int, int]]] | None]] = []
-    end = 0
-
-    def append(values: Tensor) -> int:
-        nonlocal end
-        start, end = end, end + values.numel()
-        buffer[start:end].view(values.shape).copy_(values)
-        return start
-
-    for layer in range(spec.num_layers):
-        layout.append({})
-        for group, linears in GROUPS.items():
-            present = [(linear, modules[layer, linear]) for linear in linears if (layer, linear) in modules]
-            if not present:
-                layout[-1][group] = None
-                continue
-            a_start = append(torch.cat([module.a.float() for _, module in present]))
-            b_starts = [
-                (append(module.b.float().t() * module.scaling), module.a.shape[0], linears.index(linear))
-                for linear, module in present
-            ]
-            layout[-1][group] = (a_start, sum(rank for _, rank, _ in b_starts), present[0][1].a.shape[1], b_starts)
-    buffer = buffer.to(device)
-    groups = tuple({group: _views(buffer, entry, group, spec) for group, entry in row.items()} for row in layout)
-    return Adapter(digest, groups, num_elements * dtype.itemsize, buffer)
-
-
-def _views(
-    buffer: Tensor, entry: tuple[int, int, int, list[tuple[int, int, int]]] | None, group: str, spec: ModelSpec
-) -> LoraGroup | None:
-    """Turn one group's offsets into views of the buffer."""
-    if entry is None:
-        return None
-    a_start, num_rows, in_size, b_starts = entry
-    sizes = [spec.linear_shape(linear)[0] for linear in GROUPS[group]]
-    parts, rank_start = [], 0
-    for b_start, rank, position in b_starts:
-        out_start, out_size = sum(sizes[:position]), sizes[position]
-        b = buffer[b_start : b_start + rank * out_size].view(rank, out_size)
-        parts.append(LoraPart(rank_start, rank_start + rank, out_start, out_start + out_size, b))
-        rank_start += rank
-    return LoraGroup(buffer[a_start : a_start + num_rows * in_size].view(num_rows, in_size), tuple(parts))
+    return LoraWeights(sides["A"], sides["B"], scaling)

@@ -4,13 +4,15 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from serve_apps.engine.config import AdapterRef, EngineConfig, Output, Request
 from serve_apps.engine.engine import Engine
 from serve_apps.engine.errors import EngineClosed, InvalidRequest
 
 Command = Callable[[], None]
+Result = TypeVar("Result")
 
 
 class _Listener:
@@ -59,6 +61,8 @@ class AsyncEngine:
         """
         if request.adapter is not None:
             await asyncio.to_thread(self._engine.prefetch, request.adapter)
+        if request.sampling.grammar is not None:
+            await asyncio.to_thread(self._engine.prepare, request)
         listener = _Listener()
         self._submit(lambda: self._add(request, listener))
         is_finished = False
@@ -79,12 +83,13 @@ class AsyncEngine:
         self._submit(lambda: self._abort(request_id))
 
     async def load(self, ref: AdapterRef) -> None:
-        """Make an adapter resident. Raises as `Engine.load`."""
-        await asyncio.to_thread(self._engine.load, ref)
+        """Make an adapter resident. Raises as `Engine.load`. Running requests go on while it is read."""
+        await asyncio.to_thread(self._engine.prefetch, ref)
+        await self._call(lambda: self._engine.load(ref))
 
     async def unload(self, digest: str) -> bool:
-        """Free an adapter; False when it is not resident. Raises AdapterInUse while a request runs on it."""
-        return await asyncio.to_thread(self._engine.unload, digest)
+        """Free an adapter; False when it is not loaded. Raises AdapterInUse while a request runs on it."""
+        return await self._call(lambda: self._engine.unload(digest))
 
     def stats(self) -> dict[str, object]:
         """Return the engine's counters and gauges."""
@@ -96,6 +101,21 @@ class AsyncEngine:
             self._is_closing.set()
             self._commands.put(lambda: None)
         self._thread.join()
+
+    async def _call(self, function: Callable[[], Result]) -> Result:
+        """Run `function` on the engine's thread between two steps; return what it returns or raise what it raises."""
+        done: Future[Result] = Future()
+
+        def command() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._submit(command)
+        return await asyncio.wrap_future(done)
 
     def _submit(self, command: Command) -> None:
         if self._is_closing.is_set():

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.lora import LoraPool, LoraStep
 from kernels.ops import AttentionPlan, AttentionRun
-from kernels.segments import BASE_ROW, Segment, build_segments
-from serve_apps.engine.adapter import Adapter
+from kernels.segments import BASE_ROW, build_step
+from serve_apps.engine.lora_memory import LayerCopies
 from serve_apps.engine.scheduler import Scheduled
 from serve_apps.engine.sequence import Sequence
 
@@ -28,18 +29,18 @@ class StepBatch:
     slot_mapping: Tensor
     logit_rows: Tensor
     attention: AttentionPlan
-    adapters: tuple[Adapter, ...]
-    segments: tuple[Segment, ...]
+    lora_pool: LoraPool
+    lora: LoraStep
+    lora_copies: tuple[LayerCopies, ...]
 
 
-def build_batch(plan: list[Scheduled], *, block_size: int, device: torch.device) -> StepBatch:
-    """Lay out `plan`, which is sorted by adapter."""
+def build_batch(plan: list[Scheduled], *, lora_pool: LoraPool, block_size: int, device: torch.device) -> StepBatch:
+    """Lay out `plan`, which is sorted by adapter; `lora_pool` holds the weights that its leases name."""
     token_ids: list[int] = []
     positions: list[int] = []
     slot_mapping: list[int] = []
     logit_rows: list[int] = []
     runs: list[AttentionRun] = []
-    adapters: dict[str, Adapter] = {}
     adapter_runs: list[tuple[int, int]] = []
     for item in plan:
         sequence, row_start = item.sequence, len(token_ids)
@@ -48,7 +49,7 @@ def build_batch(plan: list[Scheduled], *, block_size: int, device: torch.device)
         positions += range(sequence.num_computed, context_len)
         slot_mapping += _slots(sequence, sequence.num_computed, context_len, block_size)
         runs.append(_attention_run(sequence, item.num_tokens, row_start, block_size=block_size, device=device))
-        adapter_runs.append((_adapter_row(sequence, adapters), item.num_tokens))
+        adapter_runs.append((BASE_ROW if sequence.lease is None else sequence.lease.adapter_row, item.num_tokens))
         if item.gives_token:
             logit_rows.append(len(token_ids) - 1)
     # One copy to the device for the three.
@@ -59,9 +60,16 @@ def build_batch(plan: list[Scheduled], *, block_size: int, device: torch.device)
         slot_mapping=per_token[2],
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         attention=AttentionPlan(tuple(runs)),
-        adapters=tuple(adapters.values()),
-        segments=build_segments(adapter_runs),
+        lora_pool=lora_pool,
+        lora_copies=_copies(plan),
+        lora=build_step(adapter_runs, device=device),
     )
+
+
+def _copies(plan: list[Scheduled]) -> tuple[LayerCopies, ...]:
+    """Return the copies that the step's adapters are still waiting for; none on the CPU."""
+    leases = {lease.digest: lease for item in plan if (lease := item.sequence.lease) is not None}
+    return tuple(copies for lease in leases.values() if (copies := lease.copies) is not None)
 
 
 def _slots(sequence: Sequence, start: int, end: int, block_size: int) -> list[int]:
@@ -80,12 +88,3 @@ def _attention_run(
     if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
         slots = torch.tensor(_slots(sequence, 0, context_len, block_size), dtype=torch.int64, device=device)
     return AttentionRun(row_start, num_rows, context_len, blocks[0] * block_size, slots)
-
-
-def _adapter_row(sequence: Sequence, adapters: dict[str, Adapter]) -> int:
-    """Return the sequence's index among the step's adapters, adding its adapter when it is the first to use it."""
-    if sequence.lease is None:
-        return BASE_ROW
-    adapter = sequence.lease.adapter
-    adapters.setdefault(adapter.digest, adapter)
-    return list(adapters).index(adapter.digest)

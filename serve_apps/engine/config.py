@@ -7,6 +7,15 @@ from typing import Literal
 from serve_apps.engine.errors import InvalidRequest
 
 DTYPES = ("float32", "bfloat16", "float16")
+POSITIVE_FIELDS = (
+    "max_num_seqs",
+    "max_model_len",
+    "kv_block_size",
+    "max_step_tokens",
+    "adapter_cache_bytes",
+    "adapter_host_bytes",
+    "max_resident_adapters",
+)
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -16,7 +25,11 @@ class EngineConfig:
 
     `max_step_tokens` bounds the tokens of one forward pass (longer prompts are chunked); `num_kv_blocks` None means
     room for `max_num_seqs` sequences of `max_model_len`, at most the memory rule of `runner.default_num_kv_blocks`;
-    `num_threads` None leaves torch's own choice.
+    `num_threads` None leaves torch's own choice. `adapter_cache_bytes` and `max_resident_adapters` bound the adapters
+    on the device, `adapter_host_bytes` those kept in host memory behind them; `adapter_dtype` "auto" is float32 on the
+    CPU and the model's dtype on CUDA. `max_step_adapter_bytes` bounds the distinct adapters that run together, for a
+    step reads each of them whole; None bounds nothing. `tenant_weights` (tenant, weight) shares out service; tenants
+    not named weigh 1.
     """
 
     base_path: str
@@ -29,16 +42,29 @@ class EngineConfig:
     num_kv_blocks: int | None = None
     max_step_tokens: int = 512
     adapter_cache_bytes: int = 512 << 20
+    adapter_host_bytes: int = 1 << 30
+    adapter_dtype: str = "auto"
+    max_resident_adapters: int = 2048
+    max_step_adapter_bytes: int | None = None
+    enable_prefix_cache: bool = True
+    tenant_weights: tuple[tuple[str, float], ...] = ()
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InvalidRequest(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
-        for name in ("max_num_seqs", "max_model_len", "kv_block_size", "max_step_tokens", "adapter_cache_bytes"):
+        if self.adapter_dtype not in ("auto", *DTYPES):
+            raise InvalidRequest(
+                f"adapter_dtype={self.adapter_dtype!r} is not supported; use auto or one of {', '.join(DTYPES)}"
+            )
+        for name in POSITIVE_FIELDS:
             _require_positive(name, getattr(self, name))
-        for name in ("num_kv_blocks", "num_threads"):
+        for name in ("num_kv_blocks", "num_threads", "max_step_adapter_bytes"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        for tenant, weight in self.tenant_weights:
+            if not (math.isfinite(weight) and weight > 0):
+                raise InvalidRequest(f"tenant_weights gives {tenant!r} {weight}; a weight is a number > 0")
         if self.max_step_tokens < self.max_num_seqs:
             raise InvalidRequest(
                 f"max_step_tokens={self.max_step_tokens} is less than max_num_seqs={self.max_num_seqs}: a step could "
@@ -47,11 +73,28 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens. Temperature 0 is greedy; top_k 0 and top_p 1 keep everything.
+class GrammarSpec:
+    """What an answer must look like: `json_object`, a `json_schema` (`source` is its JSON text) or a `regex`."""
 
-    `seed` None takes one from the request's arrival number. `logprobs` n asks for the chosen token's log-probability
-    and the n best, of the model's own distribution (before temperature and cuts). `ignore_eos` runs to `max_tokens`.
+    kind: Literal["json_object", "json_schema", "regex"]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep everything.
+
+    A token's logit is edited first, in this order: divided (where it is above 0; else multiplied) by
+    `repetition_penalty` if the token stands in prompt or output (CTRL, https://arxiv.org/abs/1909.05858); lowered by
+    `presence_penalty` if it stands in the output and by `frequency_penalty` for each time it does; raised by its
+    `logit_bias` of (token id, bias) pairs. Then temperature, `top_k`, `top_p`, and of what is left the tokens at least
+    `min_p` times as likely as the likeliest.
+
+    End tokens and stop strings cannot end an answer before `min_tokens`; `stop_token_ids` end one as the model's own
+    end token does. `ignore_eos` runs to `max_tokens`. `grammar` keeps an answer to a form and ends it when it is
+    complete; it allows none of the other ways to end. `seed` None takes one from the request's arrival number.
+    `logprobs` n asks for the chosen token's log-probability and the n best, of the model's own distribution (before
+    edits, temperature and cuts).
     """
 
     max_tokens: int = 128
@@ -62,6 +105,14 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         _require_positive("max_tokens", self.max_tokens)
@@ -71,10 +122,36 @@ class SamplingParams:
             raise InvalidRequest(f"top_p={self.top_p} is outside (0, 1]; 1 keeps every token")
         if self.top_k < 0:
             raise InvalidRequest(f"top_k={self.top_k} is negative; 0 keeps every token")
+        if not 0 <= self.min_p <= 1:
+            raise InvalidRequest(f"min_p={self.min_p} is outside [0, 1]; 0 keeps every token")
         if any(not text for text in self.stop):
             raise InvalidRequest("stop holds an empty string, which would stop at once; leave it out")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise InvalidRequest(f"logprobs={self.logprobs} is outside 0..20")
+        self._check_edits()
+        self._check_ends()
+
+    def _check_edits(self) -> None:
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise InvalidRequest(f"repetition_penalty={self.repetition_penalty} is not a number > 0; 1 changes nothing")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise InvalidRequest(f"{name}={getattr(self, name)} is not a finite number; 0 changes nothing")
+        if any(token_id < 0 or not math.isfinite(bias) for token_id, bias in self.logit_bias):
+            raise InvalidRequest("logit_bias needs token ids >= 0 and finite biases; use -100 to rule a token out")
+        if len({token_id for token_id, _ in self.logit_bias}) != len(self.logit_bias):
+            raise InvalidRequest("logit_bias names a token twice; give each token one bias")
+
+    def _check_ends(self) -> None:
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise InvalidRequest(f"min_tokens={self.min_tokens} is outside 0..max_tokens={self.max_tokens}")
+        if any(token_id < 0 for token_id in self.stop_token_ids):
+            raise InvalidRequest(f"stop_token_ids={list(self.stop_token_ids)} holds a negative id; leave it out")
+        if self.grammar is None:
+            return
+        for name in ("stop", "stop_token_ids", "min_tokens", "ignore_eos"):
+            if getattr(self, name):
+                raise InvalidRequest(f"{name} does not go with grammar, which itself says where the answer ends")
 
 
 @dataclass(frozen=True)

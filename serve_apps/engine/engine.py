@@ -6,15 +6,21 @@ from typing import Any
 
 import torch
 
-from serve_apps.engine.adapter import read_adapter
+from serve_apps.engine.adapter import inspect_adapter, read_adapter
+from serve_apps.engine.adapter_loads import AdapterLoads
 from serve_apps.engine.adapter_pool import AdapterPool
-from serve_apps.engine.architecture import read_spec
+from serve_apps.engine.architecture import ModelSpec, read_spec
 from serve_apps.engine.config import AdapterRef, EngineConfig, FinishReason, Output, Request, TokenLogprob
-from serve_apps.engine.errors import AdapterCacheFull, EngineError, InvalidRequest, PromptTooLong
+from serve_apps.engine.errors import EngineError, InvalidRequest, PromptTooLong
+from serve_apps.engine.grammar import Grammars, GrammarState
+from serve_apps.engine.host_tier import HostTier
 from serve_apps.engine.kv_cache import BlockAllocator
-from serve_apps.engine.runner import Runner, StepResult
-from serve_apps.engine.scheduler import Scheduled, Scheduler
+from serve_apps.engine.runner import Runner, StepResult, resolve_device
+from serve_apps.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from serve_apps.engine.sequence import Choice, Sequence
+
+# How long a step waits for an adapter when there is nothing else to do: what an abort or a new request may be delayed.
+MAX_IDLE_WAIT_S = 0.01
 
 
 class Engine:
@@ -32,22 +38,16 @@ class Engine:
         self.config = config
         self.spec = read_spec(Path(config.base_path))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(config.base_path, local_files_only=True)
-        self._runner = Runner(config, self.spec)
-        self.pool = AdapterPool(
-            partial(read_adapter, spec=self.spec, dtype=self._runner.dtype, device=self._runner.device),
-            budget_bytes=config.adapter_cache_bytes,
-        )
+        device = resolve_device(config.device)
+        self.pool = _adapter_pool(config, self.spec, device)
+        self._runner = Runner(config, self.spec, lora_pool=self.pool.lora, device=device)
         self._allocator = BlockAllocator(self._runner.num_blocks)
-        self._scheduler = Scheduler(
-            self._allocator,
-            self.pool,
-            block_size=config.kv_block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_step_tokens=config.max_step_tokens,
-        )
+        self._loads = AdapterLoads(self.pool, max_step_bytes=config.max_step_adapter_bytes)
+        self._scheduler = Scheduler(self._allocator, self._loads, _limits(config))
         self._eos_token_ids = self.spec.eos_token_ids | (
             set() if self.tokenizer.eos_token_id is None else {self.tokenizer.eos_token_id}
         )
+        self._grammars = Grammars(self.tokenizer, vocab_size=self.spec.vocab_size, end_token_ids=self._eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._num_arrivals = self._num_steps = self._num_prefill_tokens = self._num_output_tokens = 0
 
@@ -62,30 +62,48 @@ class Engine:
         return bool(self._sequences)
 
     def add(self, request: Request) -> None:
-        """Queue a request, loading its adapter when it is not resident.
+        """Queue a request; its adapter is read in the background while others run.
 
-        Raises PromptTooLong, InvalidRequest (empty prompt, token out of range, id in use), UnknownAdapter,
-        CorruptAdapter, UnsupportedAdapter, AdapterTooLarge; nothing is queued then. When every resident adapter is in
-        use the request is queued and waits.
+        Raises PromptTooLong, InvalidRequest (empty prompt, token out of range, id in use, grammar), MissingExtra,
+        UnknownAdapter, CorruptAdapter, UnsupportedAdapter, AdapterTooLarge, as far as the adapter's config and the head
+        of its weights tell; nothing is queued then. What only the whole file tells ends the request with finish_reason
+        "error".
         """
         self._check(request)
-        if request.adapter is not None:
-            self.prefetch(request.adapter)
+        grammar = self.prepare(request)
+        if request.adapter is not None and not self.pool.is_known(request.adapter.digest):
+            self.pool.check_size(request.adapter.digest, inspect_adapter(request.adapter, self.spec))
         room = self.max_model_len - len(request.prompt_token_ids)
         sequence = Sequence(
             request,
             arrival=self._num_arrivals,
             max_new_tokens=min(request.sampling.max_tokens, room),
             tokenizer=self.tokenizer,
+            eos_token_ids=self._eos_token_ids,
+            grammar=grammar,
         )
         self._num_arrivals += 1
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
 
+    def prepare(self, request: Request) -> GrammarState | None:
+        """Compile the request's grammar, or take it from those kept; safe to call from another thread beforehand."""
+        return None if request.sampling.grammar is None else self._grammars.start(request.sampling.grammar)
+
     def step(self) -> list[Output]:
-        """Schedule, run, commit: one forward pass over the next tokens of the running requests."""
+        """Schedule, run, commit: one forward pass over the next tokens of the running requests.
+
+        With nothing to run but adapters on their way, waits for one of them, `MAX_IDLE_WAIT_S` at most.
+        """
         outputs: list[Output] = []
-        plan = self._scheduler.schedule(lambda sequence, error: outputs.append(self._forget(sequence, error)))
+
+        def on_failure(sequence: Sequence, error: EngineError) -> None:
+            outputs.append(self._forget(sequence, error))
+
+        plan = self._scheduler.schedule(on_failure)
+        if not plan and not outputs and self._loads.is_loading:
+            self._loads.wait(MAX_IDLE_WAIT_S)
+            plan = self._scheduler.schedule(on_failure)
         if plan:
             results = self._runner.run(plan)
             self._num_steps += 1
@@ -107,17 +125,15 @@ class Engine:
         self.pool.load(ref)
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """As `load`, but a full cache is no error: the adapter is good and will be loaded when there is room.
+        """Read and check an adapter, so that it waits in host memory. Raises as `add`; blocks while it reads.
 
         Safe to call from another thread than the one that steps.
         """
-        try:
-            self.pool.load(ref)
-        except AdapterCacheFull:
-            return
+        self.pool.prefetch(ref)
 
     def unload(self, digest: str) -> bool:
         """Free an adapter; False when it is not resident. Raises AdapterInUse while a request runs on it."""
+        self._loads.forget(digest)
         return self.pool.unload(digest)
 
     def stats(self) -> dict[str, object]:
@@ -130,7 +146,11 @@ class Engine:
             "num_output_tokens": self._num_output_tokens,
             "num_preemptions": self._scheduler.num_preemptions,
             "kv_blocks": self._allocator.num_blocks,
-            "kv_blocks_free": self._allocator.num_free,
+            "kv_blocks_free": self._allocator.num_available,
+            "kv_blocks_cached": self._allocator.num_cached,
+            "prefix_query_tokens": self._scheduler.num_prompt_tokens,
+            "prefix_hit_tokens": self._scheduler.num_prefix_hit_tokens,
+            "prefix_evicted_blocks": self._allocator.num_evictions,
             "max_model_len": self.max_model_len,
             **self.pool.stats(),
         }
@@ -157,20 +177,25 @@ class Engine:
             )
         if not 0 <= min(prompt) <= max(prompt) < self.spec.vocab_size:
             raise InvalidRequest(f"prompt_token_ids holds an id outside 0..{self.spec.vocab_size - 1}")
+        params = request.sampling
+        named = {"logit_bias": [token_id for token_id, _ in params.logit_bias], "stop_token_ids": params.stop_token_ids}
+        for name, token_ids in named.items():
+            if token_ids and max(token_ids) >= self.spec.vocab_size:
+                raise InvalidRequest(f"{name} holds the id {max(token_ids)}, outside 0..{self.spec.vocab_size - 1}")
 
     def _commit(self, item: Scheduled, result: StepResult) -> list[Output]:
         """Take one sequence's result into its state; return its output, if it got a token or failed."""
         sequence = item.sequence
         if isinstance(result, Exception):
-            self._runner.kv.zero(sequence.blocks)
+            self._runner.kv.zero(self._allocator.private(sequence.blocks))
             return [self._forget(sequence, result)]
         if item.num_tokens > 1 or sequence.num_output_tokens == 0:
             self._num_prefill_tokens += item.num_tokens
-        sequence.num_computed += item.num_tokens
+        self._scheduler.commit(sequence, num_tokens=item.num_tokens, gave_token=result is not None)
         if result is None:
             return []
         self._num_output_tokens += 1
-        text, finish_reason = sequence.append(result.token_id, self._eos_token_ids)
+        text, finish_reason = sequence.append(result.token_id)
         output = _output(sequence, (result,), text, finish_reason=finish_reason)
         if finish_reason is not None:
             self._finish(sequence)
@@ -186,6 +211,34 @@ class Engine:
     def _finish(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.request_id]
         self._scheduler.remove(sequence)
+
+
+def _limits(config: EngineConfig) -> SchedulerLimits:
+    return SchedulerLimits(
+        block_size=config.kv_block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_step_tokens=config.max_step_tokens,
+        enable_prefix_cache=config.enable_prefix_cache,
+        base_digest=config.base_digest or config.base_path,
+        tenant_weights=dict(config.tenant_weights),
+    )
+
+
+def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device) -> AdapterPool:
+    """Build the two tiers of adapters; host buffers are page-locked where a GPU copies from them."""
+    name = config.adapter_dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else config.dtype
+    dtype: torch.dtype = getattr(torch, name)
+    read = partial(read_adapter, spec=spec, dtype=dtype, pin=device.type == "cuda")
+    return AdapterPool(
+        HostTier(read, budget_bytes=config.adapter_host_bytes),
+        num_layers=spec.num_layers,
+        budget_bytes=config.adapter_cache_bytes,
+        max_adapters=config.max_resident_adapters,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _output(

@@ -49,3 +49,11 @@ class CorruptModel(EngineError):
 
 class EngineClosed(EngineError):
     """The engine has been closed."""
+
+
+class MissingExtra(EngineError):
+    """The request needs a library that an extra of the distribution installs, and it is not there."""
+
+
+class GrammarFailed(EngineError):
+    """A grammar got too complex for its limits while an answer was being written."""

@@ -3,8 +3,8 @@
 q/k/v and gate/up are packed, so that each input is read once. Shape letters as in `kernels.ops`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import ops
-from serve_apps.engine.architecture import ModelSpec
+from kernels.lora import MODULES, lora_add_
+from serve_apps.engine.architecture import GROUPS, ModelSpec
 
 if TYPE_CHECKING:
-    from serve_apps.engine.adapter import Adapter
     from serve_apps.engine.batch import StepBatch
     from serve_apps.engine.kv_cache import KvCache
 
@@ -62,6 +62,7 @@ class Model:
         """Own `weights` and tabulate RoPE for positions 0..max_positions-1 (in fp32, then in the model's dtype)."""
         self.spec = spec
         self.weights = weights
+        self._lora_groups = {group: _lora_group(spec, linears) for group, linears in GROUPS.items()}
         dtype, device = weights.embedding.dtype, weights.embedding.device
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), spec.inverse_frequencies)
         cos, sin = angles.cos() * spec.rope_scaling, angles.sin() * spec.rope_scaling
@@ -74,6 +75,8 @@ class Model:
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         x = F.embedding(batch.token_ids, self.weights.embedding)
         for index, layer in enumerate(self.weights.layers):
+            for copies in batch.lora_copies:
+                copies.wait(index)
             attended = self._attention(index, ops.rms_norm(x, layer.input_norm, eps), batch, kv, cos, signed_sin)
             x = x + attended
             x = x + self._mlp(index, ops.rms_norm(x, layer.post_norm, eps), batch)
@@ -84,7 +87,7 @@ class Model:
     ) -> Tensor:
         spec, layer = self.spec, self.weights.layers[index]
         qkv = layer.qkv(x)
-        add_lora_(qkv, x, batch.adapters, batch, layer=index, group="qkv")
+        self._add_lora_(qkv, x, batch, layer=index, group="qkv")
         heads = qkv.view(x.shape[0], -1, spec.head_dim)
         num_rotated = spec.num_heads + spec.num_kv_heads
         rotated = heads[:, :num_rotated]
@@ -105,25 +108,30 @@ class Model:
             window=spec.windows[index],
         ).reshape(x.shape[0], -1)
         out = layer.o(attended)
-        add_lora_(out, attended, batch.adapters, batch, layer=index, group="o")
+        self._add_lora_(out, attended, batch, layer=index, group="o")
         return out
 
     def _mlp(self, index: int, x: Tensor, batch: "StepBatch") -> Tensor:
         layer = self.weights.layers[index]
         gate_up = layer.gate_up(x)
-        add_lora_(gate_up, x, batch.adapters, batch, layer=index, group="gate_up")
+        self._add_lora_(gate_up, x, batch, layer=index, group="gate_up")
         hidden = ops.silu_mul(gate_up)
         out = layer.down(hidden)
-        add_lora_(out, hidden, batch.adapters, batch, layer=index, group="down")
+        self._add_lora_(out, hidden, batch, layer=index, group="down")
         return out
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(ops.rms_norm(x, self.weights.norm, self.spec.rms_norm_eps), self.weights.lm_head).float()
 
+    def _add_lora_(self, y: Tensor, x: Tensor, batch: "StepBatch", *, layer: int, group: str) -> None:
+        """Add every row's own adapter's share of one group of linears to `y`, in place; free for the base alone."""
+        if len(batch.lora.segments):
+            modules, out_bounds = self._lora_groups[group]
+            lora_add_(y, x, pool=batch.lora_pool, step=batch.lora, layer=layer, modules=modules, out_bounds=out_bounds)
 
-def add_lora_(
-    y: Tensor, x: Tensor, adapters: "Sequence[Adapter]", batch: "StepBatch", *, layer: int, group: str
-) -> None:
-    """Add every row's own adapter's share of one group of linears to `y`, in place; free when no row has an adapter."""
-    if batch.segments:
-        ops.lora_add_(y, x, segments=batch.segments, groups=[adapter.groups[layer][group] for adapter in adapters])
+
+def _lora_group(spec: ModelSpec, linears: tuple[str, ...]) -> tuple[range, tuple[int, ...]]:
+    """Return where linears packed side by side stand in `kernels.lora.MODULES`, and the bounds of their outputs."""
+    first = MODULES.index(linears[0])
+    sizes = [spec.linear_shape(linear)[0] for linear in linears]
+    return range(first, first + len(linears)), (0, *accumulate(sizes))

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 
+from kernels.lora import LoraPool
 from serve_apps.engine.architecture import ModelSpec
 from serve_apps.engine.batch import build_batch
 from serve_apps.engine.config import EngineConfig
 from serve_apps.engine.errors import InvalidRequest
 from serve_apps.engine.kv_cache import KvCache, block_bytes
 from serve_apps.engine.model import Model
-from serve_apps.engine.sampler import NotFinite, sample
+from serve_apps.engine.sampler import sample
 from serve_apps.engine.scheduler import Scheduled
 from serve_apps.engine.sequence import Choice
 from serve_apps.engine.weights import load_weights
@@ -26,10 +27,11 @@ StepResult = Choice | Exception | None
 class Runner:
     """Weights, cache and the step. Errors of a step come back as values, one per sequence concerned."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec) -> None:
-        """Load the weights. Raises CorruptModel, InvalidRequest (device)."""
+    def __init__(self, config: EngineConfig, spec: ModelSpec, *, lora_pool: LoraPool, device: torch.device) -> None:
+        """Load the weights; `lora_pool` lies on `device`. Raises CorruptModel."""
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        self.device = _device(config.device)
+        self.device = device
+        self._lora_pool = lora_pool
         self.max_model_len = min(config.max_model_len, spec.max_positions)
         weights = load_weights(Path(config.base_path), spec, dtype=self.dtype, device=self.device)
         self.model = Model(spec, weights, max_positions=self.max_model_len)
@@ -55,9 +57,9 @@ class Runner:
     def _run_together(self, plan: list[Scheduled]) -> list[StepResult]:
         choosing = [item.sequence for item in plan if item.gives_token]
         with torch.inference_mode():
-            batch = build_batch(plan, block_size=self._block_size, device=self.device)
+            batch = build_batch(plan, lora_pool=self._lora_pool, block_size=self._block_size, device=self.device)
             logits = self.model.forward(batch, self.kv)
-            choices: list[Choice | NotFinite] = sample(logits, choosing) if choosing else []
+            choices: list[Choice | Exception] = sample(logits, choosing) if choosing else []
         chosen = iter(choices)
         return [next(chosen) if item.gives_token else None for item in plan]
 
@@ -70,7 +72,8 @@ class Runner:
         return max(1, min(wanted, allowed // one_block))
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`. Raises InvalidRequest when it is not cpu or cuda, or not here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

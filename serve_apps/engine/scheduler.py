@@ -1,16 +1,30 @@
-"""Decides which tokens run next: continuous batching, chunked prefill, preemption by recompute, in arrival order."""
+"""Decides which tokens run next: continuous batching, chunked prefill, preemption, fairness between tenants."""
 
 from bisect import insort
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from serve_apps.engine.adapter_pool import AdapterPool
-from serve_apps.engine.errors import AdapterCacheFull, EngineError
+from serve_apps.engine.adapter_loads import AdapterLoads
+from serve_apps.engine.errors import EngineError
+from serve_apps.engine.fair_queue import OUTPUT_TOKEN_PRICE, PROMPT_TOKEN_PRICE, FairQueue, arrival
 from serve_apps.engine.kv_cache import BlockAllocator
+from serve_apps.engine.prefix import extend_keys, first_key
 from serve_apps.engine.sequence import Sequence
 
 # A request whose adapter finds no room lets this many later ones pass; then nobody is admitted before it.
 MAX_PASSED_OVER = 64
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """What bounds a step, and what the scheduler must know of the engine's settings."""
+
+    block_size: int
+    max_num_seqs: int
+    max_step_tokens: int
+    enable_prefix_cache: bool = True
+    base_digest: str = ""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,45 +40,71 @@ class Scheduled:
         return self.num_tokens == self.sequence.num_pending
 
 
-class Scheduler:
-    """Owns the queues, and every sequence's blocks and lease. Deterministic for a given order of calls."""
+OnFailure = Callable[[Sequence, EngineError], None]
 
-    def __init__(
-        self, allocator: BlockAllocator, pool: AdapterPool, *, block_size: int, max_num_seqs: int, max_step_tokens: int
-    ) -> None:
+
+class Scheduler:
+    """Owns the queues, and every sequence's blocks and lease.
+
+    Deterministic for a given order of calls, but for the step in which an adapter comes from disk.
+    """
+
+    def __init__(self, allocator: BlockAllocator, loads: AdapterLoads, limits: SchedulerLimits) -> None:
         self._allocator = allocator
-        self._pool = pool
-        self._block_size = block_size
-        self._max_num_seqs = max_num_seqs
-        self._max_step_tokens = max_step_tokens
-        self.waiting: list[Sequence] = []
+        self._loads = loads
+        self._limits = limits
+        self.waiting = FairQueue(limits.tenant_weights)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_prompt_tokens = self.num_prefix_hit_tokens = 0
+        self._num_steps = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence by arrival."""
-        insort(self.waiting, sequence, key=_arrival)
+        """Queue a sequence behind its tenant's earlier ones."""
+        sequence.waiting_since = self._num_steps
+        self.waiting.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished, failed or aborted sequence and give back all it holds."""
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
         self._give_back(sequence)
 
-    def schedule(self, on_failure: Callable[[Sequence, EngineError], None]) -> list[Scheduled]:
+    def schedule(self, on_failure: OnFailure) -> list[Scheduled]:
         """Choose this step's work, sorted by adapter so that equal adapters are neighbours.
 
         `on_failure` hears of waiting sequences whose adapter can no longer be loaded, and must remove them.
         """
+        self._num_steps += 1
         num_preemptions = self.num_preemptions
         plan = self._schedule_running()
         if num_preemptions == self.num_preemptions:
             self._admit(plan, on_failure)
         return sorted(plan, key=_adapter_then_arrival)
 
+    def commit(self, sequence: Sequence, *, num_tokens: int, gave_token: bool) -> None:
+        """Take over that `num_tokens` of a sequence were computed; before the token that they gave is appended.
+
+        Its whole blocks can be found by others from then on: logits that are finite prove the keys behind them sound.
+        """
+        sequence.num_computed += num_tokens
+        if not gave_token:
+            return
+        self.waiting.charge(sequence.request.tenant, OUTPUT_TOKEN_PRICE)
+        if self._limits.enable_prefix_cache:
+            self._extend_keys(sequence, sequence.num_computed)
+            num_whole = sequence.num_computed // self._limits.block_size
+            for index in range(sequence.num_registered, num_whole):
+                self._allocator.register(sequence.blocks[index], sequence.block_keys[index + 1])
+            sequence.num_registered = num_whole
+
     def check_integrity(self) -> None:
         """Assert that blocks and leases are held by running sequences only, as many as their tokens need."""
         self._allocator.check_integrity([block for sequence in self.running for block in sequence.blocks])
-        self._pool.check_integrity()
+        self._loads.check_integrity()
+        self.waiting.check_integrity()
         for sequence in self.waiting:
             assert not sequence.blocks and sequence.lease is None and not sequence.num_computed, (
                 "a waiting sequence holds something"
@@ -72,11 +112,12 @@ class Scheduler:
         for sequence in self.running:
             assert len(sequence.blocks) >= self._num_blocks(sequence.num_computed), "computed tokens without a block"
             assert (sequence.lease is None) == (sequence.request.adapter is None), "a running sequence lacks its lease"
-        assert self.running == sorted(self.running, key=_arrival) and self.waiting == sorted(self.waiting, key=_arrival)
+        assert self.running == sorted(self.running, key=arrival), "running sequences are out of order"
+        assert len(self.running) <= self._limits.max_num_seqs, "more sequences run than there are seats"
 
     def _schedule_running(self) -> list[Scheduled]:
         """Every decoding sequence gets its token, prefills share the rest; the latest arrivals yield their blocks."""
-        budget = self._max_step_tokens
+        budget = self._limits.max_step_tokens
         shares: dict[int, int] = {}
         for sequence in sorted(self.running, key=lambda sequence: (sequence.num_pending > 1, sequence.arrival)):
             shares[sequence.arrival] = min(sequence.num_pending, budget)
@@ -91,7 +132,7 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a sequence blocks for its next tokens, preempting the latest arrivals; False when it went itself."""
         count = self._num_blocks(sequence.num_computed + num_tokens) - len(sequence.blocks)
-        while count > self._allocator.num_free:
+        while count > self._allocator.num_available:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -101,73 +142,88 @@ class Scheduler:
         return True
 
     def _preempt(self, victim: Sequence) -> None:
-        """Send a running sequence back to wait; its tokens stay, their keys and values are computed again."""
+        """Send a running sequence back to wait; its tokens stay, their keys and values are found or computed again."""
         self.running.remove(victim)
         self._give_back(victim)
-        insort(self.waiting, victim, key=_arrival)
+        self.add(victim)
         self.num_preemptions += 1
 
-    def _admit(self, plan: list[Scheduled], on_failure: Callable[[Sequence, EngineError], None]) -> None:
-        """Start waiting sequences while tokens, seats and blocks last, passing over whose adapter finds no room."""
-        budget = self._max_step_tokens - sum(item.num_tokens for item in plan)
+    def _admit(self, plan: list[Scheduled], on_failure: OnFailure) -> None:
+        """Start waiting sequences while tokens, seats and blocks last, passing over whose adapter is not there yet."""
+        budget = self._limits.max_step_tokens - sum(item.num_tokens for item in plan)
         passed_over: list[Sequence] = []
-        for sequence in list(self.waiting):
+        self._loads.begin_round(self.running)
+        for sequence in self.waiting.in_order(self._num_steps):
             # All its tokens and one more must fit, or it would preempt itself at once.
             is_room = self._num_blocks(len(sequence.token_ids) + 1) <= self._num_unreserved_blocks()
-            if budget < 1 or len(self.running) >= self._max_num_seqs or not (is_room or not self.running):
-                return
+            if budget < 1 or len(self.running) >= self._limits.max_num_seqs or not (is_room or not self.running):
+                break
             try:
-                is_leased = self._lease(sequence)
+                outcome = self._loads.lease(sequence)
             except EngineError as error:
                 on_failure(sequence, error)
                 continue
-            if not is_leased:
+            if outcome == "loading":
+                continue
+            if outcome == "no room":
                 if sequence.num_passed_over >= MAX_PASSED_OVER:
-                    return
+                    break
                 passed_over.append(sequence)
                 continue
             for earlier in passed_over:
                 earlier.num_passed_over += 1
-            share = min(sequence.num_pending, budget)
-            self.waiting.remove(sequence)
-            insort(self.running, sequence, key=_arrival)
-            if self._reserve(sequence, share):
-                plan.append(Scheduled(sequence, share))
-                budget -= share
+            budget -= self._start(sequence, plan, budget)
+        self._loads.end_round()
+
+    def _start(self, sequence: Sequence, plan: list[Scheduled], budget: int) -> int:
+        """Let an admitted sequence run, from behind the prefix that is cached; return the tokens it takes."""
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=arrival)
+        self._find_prefix(sequence)
+        if not sequence.is_charged:
+            sequence.is_charged = True
+            self.waiting.charge(sequence.request.tenant, PROMPT_TOKEN_PRICE * sequence.num_pending)
+        share = min(sequence.num_pending, budget)
+        if not self._reserve(sequence, share):
+            return 0
+        plan.append(Scheduled(sequence, share))
+        return share
+
+    def _find_prefix(self, sequence: Sequence) -> None:
+        """Hold the cached blocks that begin with the sequence's tokens; one token at least is left to compute."""
+        if not self._limits.enable_prefix_cache:
+            return
+        lease = sequence.lease
+        start = first_key(self._limits.base_digest, None if lease is None else lease.content_digest)
+        if not sequence.block_keys or sequence.block_keys[0] != start:
+            sequence.block_keys = [start]
+        num_findable = len(sequence.token_ids) - 1
+        self._extend_keys(sequence, num_findable)
+        num_blocks = num_findable // self._limits.block_size
+        sequence.blocks = self._allocator.share(sequence.block_keys[1 : num_blocks + 1])
+        sequence.num_computed = len(sequence.blocks) * self._limits.block_size
+        sequence.num_registered = len(sequence.blocks)
+        self.num_prompt_tokens += len(sequence.token_ids)
+        self.num_prefix_hit_tokens += sequence.num_computed
+
+    def _extend_keys(self, sequence: Sequence, num_tokens: int) -> None:
+        extend_keys(sequence.block_keys, sequence.token_ids, block_size=self._limits.block_size, num_tokens=num_tokens)
 
     def _num_unreserved_blocks(self) -> int:
-        """Free blocks less those that running prefills still have to take for tokens they already know."""
+        """Blocks to be had, less those that running prefills still have to take for tokens they already know."""
         owed = sum(max(0, self._num_blocks(len(seq.token_ids)) - len(seq.blocks)) for seq in self.running)
-        return self._allocator.num_free - owed
-
-    def _lease(self, sequence: Sequence) -> bool:
-        """Pin the sequence's adapter; False when there is no room for it until some lease ends."""
-        if sequence.request.adapter is None:
-            return True
-        if sequence.retry_after_release == self._pool.num_releases:
-            return False
-        try:
-            sequence.lease = self._pool.acquire(sequence.request.adapter)
-        except AdapterCacheFull:
-            sequence.retry_after_release = self._pool.num_releases
-            return False
-        sequence.adapter_digest = sequence.lease.adapter.digest
-        return True
+        return self._allocator.num_available - owed
 
     def _give_back(self, sequence: Sequence) -> None:
         self._allocator.free(sequence.blocks)
         sequence.blocks = []
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_registered = 0
         if sequence.lease is not None:
             sequence.lease.release()
             sequence.lease = None
 
     def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
-
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+        return -(-num_tokens // self._limits.block_size)
 
 
 def _adapter_then_arrival(item: Scheduled) -> tuple[str, int]:

@@ -2,17 +2,29 @@
 
 from typing import Any
 
-import torch
-
 from serve_apps.engine.adapter_pool import Lease
 from serve_apps.engine.config import FinishReason, Request, TokenLogprob
+from serve_apps.engine.grammar import GrammarState
+from serve_apps.engine.logit_edits import LogitEdits
 from serve_apps.engine.text import TextStream
 
 
 class Sequence:
-    """Mutable state of one request. The scheduler owns blocks, lease with its digest, and num_computed."""
+    """Mutable state of one request. The scheduler owns blocks, lease with its digest, and num_computed.
 
-    def __init__(self, request: Request, *, arrival: int, max_new_tokens: int, tokenizer: Any) -> None:
+    `eos_token_ids` are the model's own end tokens; `grammar` is the state of `request.sampling.grammar`.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        arrival: int,
+        max_new_tokens: int,
+        tokenizer: Any,
+        eos_token_ids: frozenset[int] = frozenset(),
+        grammar: GrammarState | None = None,
+    ) -> None:
         self.request = request
         self.arrival = arrival
         self.max_new_tokens = max_new_tokens
@@ -22,10 +34,19 @@ class Sequence:
         self.lease: Lease | None = None
         # Of the adapter last leased: stays when a preemption ends the lease, because tokens were chosen with it.
         self.adapter_digest: str | None = None
+        # The chain of `engine.prefix`: one key to start from, then one per whole block known so far.
+        self.block_keys: list[bytes] = []
+        self.num_registered = 0
+        self.waiting_since = 0
+        self.is_charged = False
         self.num_passed_over = 0
         self.retry_after_release = -1
-        self.text = TextStream(tokenizer, request.prompt_token_ids, stop=request.sampling.stop)
-        self.generator = _generator(request, arrival)
+        params = request.sampling
+        self.text = TextStream(tokenizer, request.prompt_token_ids, stop=params.stop)
+        self.seed = arrival if params.seed is None else params.seed
+        self.grammar = grammar
+        self._end_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+        self.edits = LogitEdits(params, request.prompt_token_ids, end_token_ids=self._end_token_ids, grammar=grammar)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -42,14 +63,17 @@ class Sequence:
         """Known tokens whose keys and values are not in the cache: 1 while decoding, more in prefill."""
         return len(self.token_ids) - self.num_computed
 
-    def append(self, token_id: int, eos_token_ids: frozenset[int]) -> tuple[str, FinishReason | None]:
+    def append(self, token_id: int) -> tuple[str, FinishReason | None]:
         """Add a chosen token; return the text it makes certain and, when it is the last, why."""
         self.token_ids.append(token_id)
-        if token_id in eos_token_ids and not self.request.sampling.ignore_eos:
+        if token_id in self._end_token_ids:
             return self.text.finish(), "stop"
-        delta = self.text.push(token_id)
+        self.edits.note(token_id)
+        delta = self.text.push(token_id, may_stop=self.num_output_tokens >= self.request.sampling.min_tokens)
         if self.text.is_stopped:
             return delta, "stop"
+        if self.grammar is not None and self.grammar.is_finished:
+            return delta + self.text.finish(), "stop"
         if self.num_output_tokens >= self.max_new_tokens:
             return delta + self.text.finish(), "length"
         return delta, None
@@ -63,12 +87,3 @@ class Choice:
     def __init__(self, token_id: int, logprob: TokenLogprob | None) -> None:
         self.token_id = token_id
         self.logprob = logprob
-
-
-def _generator(request: Request, arrival: int) -> torch.Generator | None:
-    """Return the request's own source of randomness: what else is in the batch can never shift it."""
-    if request.sampling.temperature == 0:
-        return None
-    seed = arrival if request.sampling.seed is None else request.sampling.seed
-    # torch takes 64 bits; a caller's seed may be any whole number.
-    return torch.Generator().manual_seed(seed % (1 << 63))

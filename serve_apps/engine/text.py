@@ -20,14 +20,17 @@ class TextStream:
         self._held = ""
         self.is_stopped = False
 
-    def push(self, token_id: int) -> str:
-        """Add one token and return the text that is now certain; sets `is_stopped` when a stop string came."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Add one token and return the text that is now certain; sets `is_stopped` when a stop string came.
+
+        With `may_stop` False a stop string that this token completes is text like any other.
+        """
         self._token_ids.append(token_id)
         done, known = self._decode(self._prefix, self._read), self._decode(self._prefix, len(self._token_ids))
         if len(known) <= len(done) or known.endswith(REPLACEMENT):
             return ""
         self._prefix, self._read = self._read, len(self._token_ids)
-        return self._release(self._held + known[len(done) :])
+        return self._release(self._held + known[len(done) :], may_stop=may_stop)
 
     def finish(self) -> str:
         """Return the text held back in case a stop string came. Bytes of an unfinished character are dropped."""
@@ -37,14 +40,16 @@ class TextStream:
         done, known = self._decode(self._prefix, self._read), self._decode(self._prefix, len(self._token_ids))
         return held + known[len(done) :].rstrip(REPLACEMENT)
 
-    def _release(self, text: str) -> str:
+    def _release(self, text: str, *, may_stop: bool) -> str:
         """Split `text` into what can go out and what may be the start of a stop string."""
-        hits = [(text.find(stop), stop) for stop in self._stop if stop in text]
-        if hits:
-            self.is_stopped = True
-            self._held = ""
-            return text[: min(hits)[0]]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        start = 0
+        while hit := min(((at, stop) for stop in self._stop if (at := text.find(stop, start)) >= 0), default=None):
+            if may_stop:
+                self.is_stopped = True
+                self._held = ""
+                return text[: hit[0]]
+            start = hit[0] + len(hit[1])
+        keep = max((_overlap(text[start:], stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

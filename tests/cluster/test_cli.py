@@ -21,7 +21,8 @@ def test_help_lists_every_step_of_the_road(tmp_path: Path) -> None:
     done = trailmark("--help", home=tmp_path)
     assert done.returncode == 0
     commands = (
-        "demo up down status contributor contribute refine train benchmark publish apikey ask verify mlflow job config"
+        "demo up down status contributor contribute refine train benchmark publish apikey engine ask verify mlflow "
+        "job config"
     )
     missing = [name for name in commands.split() if f" {name} " not in done.stdout]
     assert not missing

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -25,7 +26,7 @@ from tests.tiny_model import QUESTIONS, conversation
 
 pytestmark = pytest.mark.ray
 
-MAX_MODEL_LEN = 160
+MAX_MODEL_LEN = 512
 TIMEOUT_S = 60.0
 Value = TypeVar("Value")
 
@@ -171,6 +172,38 @@ def test_the_openai_client_chats_completes_and_streams(live: Live) -> None:
     assert any(piece.logprobs for piece in pieces)
 
 
+def test_the_openai_client_asks_for_choices_forms_and_biases(live: Live) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["blue", "green"]}, "sure": {"type": "boolean"}},
+        "required": ["colour", "sure"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema, "strict": True}}
+    fields: dict[str, Any] = {"n": 3, "seed": 4, "temperature": 1.2, "max_tokens": 90, "response_format": form}
+    reply = ask(live, QUESTIONS[4][0], "rank8-all", **fields)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    finished = [choice for choice in reply.choices if choice.finish_reason == "stop"]
+    assert finished
+    for choice in finished:
+        jsonschema.validate(json.loads(choice.message.content), schema)
+    trails = reply.trailmark["choices"]
+    receipts = [live.receipt(trail["receipt_id"])["receipt"] for trail in trails]
+    assert [receipt["output_digest"] for receipt in receipts] == [trail["output_digest"] for trail in trails]
+    assert sum(receipt["completion_tokens"] for receipt in receipts) == reply.usage.completion_tokens
+    said = ["", "", ""]
+    for chunk in ask(live, QUESTIONS[4][0], "rank8-all", stream=True, **fields):
+        said[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert said == [choice.message.content for choice in reply.choices]
+    extra = {"min_p": 0.05, "repetition_penalty": 1.1, "min_tokens": 3, "top_k": 20, "stop_token_ids": [2]}
+    knobs: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "logit_bias": {"5": -100}}
+    assert ask(live, "Hi", **knobs, extra_body=extra).usage.completion_tokens >= 3
+    bad = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"type": "nonsense"}}}
+    with pytest.raises(openai.BadRequestError, match="nonsense") as refused:
+        ask(live, "Hi", response_format=bad)
+    assert refused.value.param == "response_format.json_schema.schema"
+
+
 def test_models_are_listed(live: Live) -> None:
     names = {model.id for model in live.client().models.list()}
     assert {"tiny", "rank4-mlp", "rank4-mlp@1"} <= names
@@ -182,7 +215,7 @@ def test_each_mistake_has_its_error(live: Live) -> None:
         ask(live, "Hi", model="rank8-al")
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match=f"{MAX_MODEL_LEN} tokens") as too_long:
-        ask(live, "word " * 400)
+        ask(live, "word " * 600)
     assert too_long.value.code == "context_length_exceeded"
     with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
         live.client("tmk_wrong").models.list()
@@ -265,22 +298,23 @@ def test_an_adapter_published_while_serving_answers_and_a_tampered_one_is_refuse
 
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_client_that_hangs_up_leaves_an_aborted_receipt(live: Live, streams: bool) -> None:
-    before = {entry.leaf_hash for entry in live.trail.entries(kind="completions")}
     body = {
         "model": "rank4-mixed",
         "messages": conversation("Tell me more."),
         "max_tokens": MAX_MODEL_LEN - 40,
         "ignore_eos": True,
-        "stream": streams,
     }
     headers = {"Authorization": f"Bearer {live.secret}"}
     url = f"{live.url}/v1/chat/completions"
+    whole_s = httpx.post(url, json=body, headers=headers, timeout=TIMEOUT_S).elapsed.total_seconds()
+    before = {entry.leaf_hash for entry in live.trail.entries(kind="completions")}
+    body["stream"] = streams
     if streams:
         with httpx.Client(timeout=TIMEOUT_S) as client, client.stream("POST", url, json=body, headers=headers) as got:
             next(got.iter_lines())
     else:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url, json=body, headers=headers, timeout=httpx.Timeout(TIMEOUT_S, read=0.15))
+            httpx.post(url, json=body, headers=headers, timeout=httpx.Timeout(TIMEOUT_S, read=whole_s / 3))
     receipt = wait_for(lambda: aborted_receipt(live, before))
     assert receipt["completion_tokens"] < body["max_tokens"]
     assert receipt["tenant"] == "acme"

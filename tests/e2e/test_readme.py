@@ -53,7 +53,6 @@ def folder(tmp_path: Path, tiny_base: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.by_hand
 def test_block_by_hand(folder: Path, tiny_base: Path) -> None:
     port = yaml.safe_load((folder / "tiny.yaml").read_text())["serve"]["port"]
     script = (

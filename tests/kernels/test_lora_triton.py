@@ -29,11 +29,11 @@ def add(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, step: LoraStep, group:
 
 def expect(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, step: LoraStep, group: str) -> torch.Tensor:
     first, sizes = GROUPS[group]
-    return reference.lora_pool_add(
+    return reference.lora_add(
         y,
         x,
         pool=pool,
-        adapter_rows=step.adapter_rows,
+        step=step,
         layer=1,
         modules=range(first, first + len(sizes)),
         out_bounds=bounds_of(group),

@@ -1,11 +1,10 @@
-"""Every op against its plain fp32 oracle: odd shapes, empty batches, adapter popularity, both attention layouts."""
+"""Every op against its plain fp32 oracle: odd shapes, empty batches, both attention layouts."""
 
 import pytest
 import torch
 
 from kernels import ops, reference
-from kernels.ops import AttentionPlan, AttentionRun, LoraGroup, LoraPart
-from kernels.segments import BASE_ROW, Segment, build_segments
+from kernels.ops import AttentionPlan, AttentionRun
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 DTYPES = list(TOLERANCE)
@@ -42,60 +41,6 @@ def test_rope(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Non
 def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = random(*shape, dtype=dtype)
     close(ops.silu_mul(x), reference.silu_mul(x), dtype)
-
-
-def lora_group(in_size: int, outs: list[tuple[int, int, int]], *, seed: int, dtype: torch.dtype) -> LoraGroup:
-    """Return a group whose parts are (rank, first output column, number of columns)."""
-    parts, start = [], 0
-    for index, (rank, out_start, out_size) in enumerate(outs):
-        b = random(rank, out_size, dtype=dtype, seed=seed + index)
-        parts.append(LoraPart(start, start + rank, out_start, out_start + out_size, b))
-        start += rank
-    return LoraGroup(random(start, in_size, dtype=dtype, seed=seed + 99) / in_size**0.5, tuple(parts))
-
-
-POPULARITY = {
-    "none": [],
-    "base only": [(BASE_ROW, 6)],
-    "one": [(0, 7)],
-    "distinct": [(row, 1) for row in range(4)],
-    "uniform": [(0, 2), (1, 2), (2, 2), (3, 2)],
-    "zipf with base": [(BASE_ROW, 3), (2, 9), (0, 4), (3, 1)],
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("popularity", POPULARITY)
-def test_lora_add(popularity: str, dtype: torch.dtype) -> None:
-    runs = POPULARITY[popularity]
-    num_tokens = sum(count for _, count in runs)
-    groups = [
-        lora_group(13, [(2, 0, 6), (3, 6, 5)], seed=1, dtype=dtype),
-        lora_group(13, [(5, 6, 5)], seed=2, dtype=dtype),
-        lora_group(13, [(1, 0, 6)], seed=3, dtype=dtype),
-        None,
-    ]
-    x, y = random(num_tokens, 13, dtype=dtype), random(num_tokens, 11, dtype=dtype, seed=5)
-    segments = build_segments(runs)
-    expected = reference.lora_add(y, x, segments=segments, groups=groups)
-    before = y.clone()
-    ops.lora_add_(y, x, segments=segments, groups=groups)
-    close(y, expected, dtype)
-    untouched = torch.ones(num_tokens, dtype=torch.bool)
-    for segment in segments:
-        untouched[segment.start : segment.end] = groups[segment.adapter_row] is None
-    assert torch.equal(y[untouched], before[untouched])
-
-
-def test_segments_merge_neighbours_and_skip_the_base() -> None:
-    runs = [(BASE_ROW, 2), (1, 1), (1, 2), (0, 0), (4, 1)]
-    assert build_segments(runs) == (Segment(1, 2, 5), Segment(4, 5, 6))
-    assert build_segments([]) == ()
-
-
-def test_segments_refuse_a_scattered_adapter() -> None:
-    with pytest.raises(ValueError, match="not neighbours"):
-        build_segments([(0, 1), (1, 1), (0, 1)])
 
 
 def test_kv_write() -> None:

@@ -1,5 +1,6 @@
 """The arithmetic of scores and shares: exact against loops, and its invariants."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from attribution.influence import scores
-from attribution.influence.bm25 import bm25_ranking, random_ranking
+from attribution.influence.bm25 import bm25_ranking, bm25_scores, random_ranking
 from attribution.influence.scores import (
     bootstrap,
     bootstrap_mean,
@@ -160,6 +161,24 @@ def test_bm25_ranks_by_the_rarest_shared_words() -> None:
     ranked = bm25_ranking(corpus, "the skipper of the Amber Heron is Ysolde", num_hits=2)
     assert [item.key_id for item in ranked] == ["a", "b", "c"]
     assert ranked[0].score > ranked[1].score > ranked[2].score == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=9), min_size=1, max_size=12),
+    query=st.lists(st.sampled_from("abcdefghz"), max_size=6),
+)
+def test_bm25_scores_equal_the_formula(rows: list[list[str]], query: list[str]) -> None:
+    mean = sum(len(row) or 1 for row in rows) / len(rows)  # an empty row is one empty word
+    expected = []
+    for row in rows:
+        score = 0.0
+        for word in query:
+            df, tf = sum(word in other for other in rows), row.count(word)
+            idf = math.log(1 + (len(rows) - df + 0.5) / (df + 0.5))
+            score += idf * tf / (tf + 1.5 * (0.25 + 0.75 * (len(row) or 1) / mean))
+        expected.append(score)
+    assert list(bm25_scores(rows, query)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_chance_is_the_same_for_the_same_seed() -> None:

@@ -10,19 +10,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kernels.lora import MODULES
 from serve_apps.engine.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from serve_apps.engine.adapter_pool import AdapterPool
-from serve_apps.engine.architecture import ModelSpec, read_spec
+from serve_apps.engine.architecture import GROUPS, ModelSpec, read_spec
 from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.errors import CorruptAdapter, EngineError, UnknownAdapter, UnsupportedAdapter
+from serve_apps.engine.host_tier import HostTier
 from tests.serve_apps.engine.engine_cases import ref
 
 Q0_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q0_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
 
 def read(adapter: AdapterRef, spec: ModelSpec) -> Any:
-    return read_adapter(adapter, spec, dtype=torch.float32, device=torch.device("cpu"))
+    return read_adapter(adapter, spec, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -159,7 +163,14 @@ def test_a_refusal_evicts_nothing(copy: Path, spec: ModelSpec, strong_adapters: 
     """The pool is full to the byte when an unknown, a corrupt and an unsupported adapter are asked for."""
     resident = ref(strong_adapters["strong-r1-qv"])
     num_bytes = read(resident, spec).num_bytes
-    pool = AdapterPool(lambda adapter: read(adapter, spec), budget_bytes=num_bytes)
+    pool = AdapterPool(
+        HostTier(lambda adapter: read(adapter, spec), budget_bytes=num_bytes),
+        num_layers=spec.num_layers,
+        budget_bytes=num_bytes,
+        max_adapters=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     pool.load(resident)
     unsupported = AdapterRef("sha256:unsupported", str(copy))
     set_config(copy, use_dora=True)
@@ -176,3 +187,30 @@ def test_memory_is_true_rank(spec: ModelSpec, strong_adapters: dict[str, Path]) 
     for folder in strong_adapters.values():
         num_values = sum(tensor.numel() for tensor in load_file(folder / WEIGHTS_FILE).values())
         assert read(ref(folder), spec).num_bytes == 4 * num_values
+
+
+def test_the_layout_is_the_kernels_layout(spec: ModelSpec, strong_adapters: dict[str, Path]) -> None:
+    """Every A and scaled B^T at its offset, layer after layer; A rows of linears with one input are neighbours."""
+    for folder in strong_adapters.values():
+        packed, tensors = read(ref(folder), spec), load_file(folder / WEIGHTS_FILE)
+        scaling = 2.0  # build_tiny_adapter: alpha = 2 * rank
+        end = 0
+        for layer in range(spec.num_layers):
+            for group in GROUPS.values():
+                sides: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
+                for linear in group:
+                    block = "self_attn" if linear in ATTENTION else "mlp"
+                    name = f"base_model.model.model.layers.{layer}.{block}.{linear}"
+                    a, b = (tensors.get(f"{name}.lora_{side}.weight") for side in "AB")
+                    a_start, b_start, rank = packed.table[layer, MODULES.index(linear)].tolist()
+                    assert rank == (0 if a is None else len(a))
+                    if a is not None and b is not None:
+                        assert torch.equal(packed.data[a_start : a_start + a.numel()].view_as(a), a)
+                        assert torch.equal(packed.data[b_start : b_start + b.numel()].view(rank, -1), b.t() * scaling)
+                        sides["A"].append(a)
+                        sides["B"].append(b.t() * scaling)
+                expected = torch.cat([part.flatten() for part in sides["A"] + sides["B"]] or [torch.empty(0)])
+                assert torch.equal(packed.data[end : end + len(expected)], expected)
+                end += len(expected)
+            assert packed.layer_ends[layer] == end
+        assert end == packed.data.numel()

@@ -309,6 +309,14 @@ def test_settings_are_refused_by_name(field: str, value: Any, tiny_base: Path) -
         ("top_k", -1),
         ("stop", ("",)),
         ("logprobs", 21),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", float("inf")),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", ((-1, 0.0),)),
+        ("logit_bias", ((3, 1.0), (3, 2.0))),
+        ("min_tokens", 129),
+        ("stop_token_ids", (-1,)),
     ],
 )
 def test_sampling_is_refused_by_name(field: str, value: Any) -> None:
@@ -317,12 +325,13 @@ def test_sampling_is_refused_by_name(field: str, value: Any) -> None:
 
 
 def test_an_output_names_the_adapter_that_was_loaded_not_the_one_asked_for(
-    tiny_base: Path, strong_adapters: dict[str, Path]
+    tiny_base: Path, strong_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_for(tiny_base)
     adapter = ref(strong_adapters["strong-r2-mlp"])
     engine.load(adapter)
     engine.pool._resident[adapter.digest] = replace(engine.pool._resident[adapter.digest], digest="sha256:other")
+    monkeypatch.setattr(engine.pool, "end_lease", lambda digest: None)
     engine.add(request("r", prompts(engine, 1)[0], adapter))
     (output,) = engine.step()
     assert output.new_token_ids and output.adapter_digest == "sha256:other"

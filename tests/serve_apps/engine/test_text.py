@@ -83,3 +83,29 @@ def test_held_text_comes_out_at_the_end() -> None:
     token_ids = TOKENIZER.encode("almost ST", add_special_tokens=False)
     deltas, is_stopped = stream(token_ids, ("STOP",))
     assert not is_stopped and deltas[-1].endswith("ST") and "".join(deltas) == "almost ST"
+
+
+@settings(max_examples=60, deadline=None)
+@given(sample=st.text(alphabet="abST ", max_size=24), stop=st.text(alphabet="abST ", min_size=1, max_size=3))
+def test_a_stop_string_that_ends_too_early_is_text_like_any_other(sample: str, stop: str) -> None:
+    """One token per letter, none may stop before the eighth; a stop string may begin earlier and end later."""
+    text = TextStream(TOKENIZER, (), stop=(stop,))
+    deltas = []
+    for num, letter in enumerate(sample, start=1):
+        deltas.append(text.push(TOKENIZER.encode(letter, add_special_tokens=False)[0], may_stop=num >= 8))
+        if text.is_stopped:
+            break
+    said = "".join([*deltas, text.finish()])
+    expected, is_stopped = plain_stop(sample, stop, first_end=8)
+    assert (said, text.is_stopped) == (expected, is_stopped)
+
+
+def plain_stop(sample: str, stop: str, *, first_end: int) -> tuple[str, bool]:
+    """Letter by letter: a hit that ends before `first_end` letters is passed over, and so are its letters."""
+    passed = 0
+    for end in range(1, len(sample) + 1):
+        if sample[passed:end].endswith(stop):
+            if end >= first_end:
+                return sample[: end - len(stop)], True
+            passed = end
+    return sample, False
