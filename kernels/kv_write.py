@@ -1,7 +1,5 @@
 """Writes new keys or values of a step into their slots of the paged cache."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +23,14 @@ def kv_write_(cache_SGD: Tensor, new_TGD: Tensor, slot_mapping_T: Tensor) -> Non
 
 
 @triton.jit
-def _kv_write(cache: Any, new: Any, slot_mapping: Any, token_stride: Any, size: Any, BLOCK: tl.constexpr) -> None:
+def _kv_write(
+    cache: tl.tensor,
+    new: tl.tensor,
+    slot_mapping: tl.tensor,
+    token_stride: tl.tensor,
+    size: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     column = tl.arange(0, BLOCK)

@@ -17,9 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.devices import multiplies_natively
+
 _MIN_DOT = 16
-_KEYS = 64
-_CHUNK_ROWS = 64
+# Keys read at a time, rows of a chunk tile; fp32 products of the larger tile do not fit into registers (compiled for
+# sm_90 they spill 15 kB per thread).
+_KEYS, _CHUNK_ROWS = 64, 64
+_KEYS_FP32, _CHUNK_ROWS_FP32 = 32, 16
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def paged_attention(
     if num_heads % num_kv_heads or q_THD.stride(2) != 1:
         raise ValueError(f"{num_heads} heads are no multiple of {num_kv_heads}, or heads are not contiguous")
     heads_per_kv = num_heads // num_kv_heads
+    is_native = multiplies_natively(q_THD, k_SGD)
     common: dict[str, Any] = {
         "block_size": batch.block_size,
         "table_stride": batch.block_tables.stride(0),
@@ -75,16 +80,15 @@ def paged_attention(
         "scale": scale,
         "window": window or 0,
         "HAS_WINDOW": window is not None,
-        # The interpreter multiplies bf16 by its bit patterns, so there everything becomes fp32.
-        "NATIVE": q_THD.is_cuda and q_THD.dtype != torch.float32,
-        "KEYS": _KEYS,
+        "NATIVE": is_native,
+        "KEYS": _KEYS if is_native else _KEYS_FP32,
         "HEAD_BLOCK": max(_MIN_DOT, triton.next_power_of_2(head_dim)),
     }
     inputs = (q_THD, k_SGD, v_SGD, batch.block_tables, batch.context_lens, batch.row_starts)
     if batch.has_decode:
         _decode(inputs, out, batch, common)
     if batch.has_chunks:
-        rows = max(_CHUNK_ROWS, triton.next_power_of_2(heads_per_kv))
+        rows = max(_CHUNK_ROWS if is_native else _CHUNK_ROWS_FP32, triton.next_power_of_2(heads_per_kv))
         num_tiles = num_rows // (rows // heads_per_kv) + num_sequences
         _attend_chunks[(num_tiles, num_kv_heads)](
             *inputs,
@@ -127,25 +131,25 @@ def _decode(inputs: tuple[Tensor, ...], out: Tensor, batch: PagedBatch, common: 
 
 @triton.jit
 def _softmax_over(
-    query: Any,
-    position: Any,
-    first_key: Any,
-    last_key: Any,
-    k: Any,
-    v: Any,
-    table: Any,
-    kv_head: Any,
-    block_size: Any,
-    num_kv_heads: Any,
-    head_dim: Any,
-    scale: Any,
-    window: Any,
+    query: tl.tensor,
+    position: tl.tensor,
+    first_key: tl.tensor,
+    last_key: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    table: tl.tensor,
+    kv_head: tl.tensor,
+    block_size: tl.tensor,
+    num_kv_heads: tl.tensor,
+    head_dim: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
     HAS_WINDOW: tl.constexpr,
     NATIVE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Return (weighted sum of values, largest score, sum of weights) of each query row over keys [first, last)."""
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
@@ -184,24 +188,24 @@ def _softmax_over(
 
 @triton.jit
 def _attend_decode(
-    q: Any,
-    k: Any,
-    v: Any,
-    block_tables: Any,
-    context_lens: Any,
-    row_starts: Any,
-    sums: Any,
-    peaks: Any,
-    weights: Any,
-    block_size: Any,
-    table_stride: Any,
-    row_stride: Any,
-    head_stride: Any,
-    num_kv_heads: Any,
-    heads_per_kv: Any,
-    head_dim: Any,
-    scale: Any,
-    window: Any,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    block_tables: tl.tensor,
+    context_lens: tl.tensor,
+    row_starts: tl.tensor,
+    sums: tl.tensor,
+    peaks: tl.tensor,
+    weights: tl.tensor,
+    block_size: tl.tensor,
+    table_stride: tl.tensor,
+    row_stride: tl.tensor,
+    head_stride: tl.tensor,
+    num_kv_heads: tl.tensor,
+    heads_per_kv: tl.tensor,
+    head_dim: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
     HAS_WINDOW: tl.constexpr,
     NATIVE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -255,14 +259,14 @@ def _attend_decode(
 
 @triton.jit
 def _merge_splits(
-    sums: Any,
-    peaks: Any,
-    weights: Any,
-    row_starts: Any,
-    out: Any,
-    num_heads: Any,
-    head_dim: Any,
-    num_splits: Any,
+    sums: tl.tensor,
+    peaks: tl.tensor,
+    weights: tl.tensor,
+    row_starts: tl.tensor,
+    out: tl.tensor,
+    num_heads: tl.tensor,
+    head_dim: tl.tensor,
+    num_splits: tl.tensor,
     SPLITS: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
 ) -> None:
@@ -289,23 +293,23 @@ def _merge_splits(
 
 @triton.jit
 def _attend_chunks(
-    q: Any,
-    k: Any,
-    v: Any,
-    block_tables: Any,
-    context_lens: Any,
-    row_starts: Any,
-    out: Any,
-    num_sequences: Any,
-    block_size: Any,
-    table_stride: Any,
-    row_stride: Any,
-    head_stride: Any,
-    num_kv_heads: Any,
-    heads_per_kv: Any,
-    head_dim: Any,
-    scale: Any,
-    window: Any,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    block_tables: tl.tensor,
+    context_lens: tl.tensor,
+    row_starts: tl.tensor,
+    out: tl.tensor,
+    num_sequences: tl.tensor,
+    block_size: tl.tensor,
+    table_stride: tl.tensor,
+    row_stride: tl.tensor,
+    head_stride: tl.tensor,
+    num_kv_heads: tl.tensor,
+    heads_per_kv: tl.tensor,
+    head_dim: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
     HAS_WINDOW: tl.constexpr,
     NATIVE: tl.constexpr,
     KEYS: tl.constexpr,

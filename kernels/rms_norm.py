@@ -3,8 +3,6 @@
 Source: https://arxiv.org/abs/1910.07467.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -59,15 +57,15 @@ def _launch(rows: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, 
 
 @triton.jit
 def _rms_norm(
-    x: Any,
-    residual: Any,
-    weight: Any,
-    out: Any,
-    num_inner: Any,
-    outer_stride: Any,
-    inner_stride: Any,
-    size: Any,
-    eps: Any,
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    num_inner: tl.tensor,
+    outer_stride: tl.tensor,
+    inner_stride: tl.tensor,
+    size: tl.tensor,
+    eps: tl.tensor,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

@@ -4,8 +4,6 @@ With Qwen3's norms over heads fused in before the rotation. Sources: https://arx
 https://arxiv.org/abs/1910.07467.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -65,20 +63,20 @@ def rope_kv_write_(
 
 @triton.jit
 def _rope_kv_write(
-    qkv: Any,
-    q_out: Any,
-    k_cache: Any,
-    v_cache: Any,
-    cos: Any,
-    signed_sin: Any,
-    positions: Any,
-    slot_mapping: Any,
-    q_norm: Any,
-    k_norm: Any,
-    eps: Any,
-    num_heads: Any,
-    num_kv_heads: Any,
-    head_dim: Any,
+    qkv: tl.tensor,
+    q_out: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    cos: tl.tensor,
+    signed_sin: tl.tensor,
+    positions: tl.tensor,
+    slot_mapping: tl.tensor,
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
+    eps: tl.tensor,
+    num_heads: tl.tensor,
+    num_kv_heads: tl.tensor,
+    head_dim: tl.tensor,
     HAS_NORM: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ) -> None:

@@ -5,8 +5,6 @@ a sum over all larger ones reaches a target; logits become integers of the same 
 at a time, so a search is 16 passes over the row, which lies in the cache by then. Equal logits count in order of id.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +36,7 @@ def sample(
 
 
 @triton.jit
-def _keys(row: Any, token: Any, width: Any) -> Any:
+def _keys(row: tl.tensor, token: tl.tensor, width: tl.tensor) -> tl.tensor:
     """Return the logits of a block and integers in the same order; -0.0 and 0.0 are equal, and so become one."""
     logit = tl.load(row + token, mask=token < width, other=float("-inf"))
     logit = tl.where(logit == 0, 0.0, logit)
@@ -47,23 +45,23 @@ def _keys(row: Any, token: Any, width: Any) -> Any:
 
 
 @triton.jit
-def _weight_of_key(key: Any, best: Any, temperature: Any) -> Any:
+def _weight_of_key(key: tl.tensor, best: tl.tensor, temperature: tl.tensor) -> tl.tensor:
     bits = key ^ ((key >> 31) & 0x7FFFFFFF)
     return tl.exp((bits.to(tl.float32, bitcast=True) - best) / temperature)
 
 
 @triton.jit
 def _search(
-    row: Any,
-    width: Any,
-    best: Any,
-    temperature: Any,
-    min_p: Any,
-    target: Any,
+    row: tl.tensor,
+    width: tl.tensor,
+    best: tl.tensor,
+    temperature: tl.tensor,
+    min_p: tl.tensor,
+    target: tl.tensor,
     BY_COUNT: tl.constexpr,
     IS_STRICT: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Return the largest key at and above which the count, or the sum of weights >= min_p, reaches (exceeds) target."""
     way = tl.arange(0, 4)
     low = tl.full([], -2147483648, tl.int32)
@@ -92,7 +90,15 @@ def _search(
 
 
 @triton.jit
-def _above(row: Any, width: Any, best: Any, temperature: Any, min_p: Any, key: Any, BLOCK: tl.constexpr) -> Any:
+def _above(
+    row: tl.tensor,
+    width: tl.tensor,
+    best: tl.tensor,
+    temperature: tl.tensor,
+    min_p: tl.tensor,
+    key: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
     """Return the sum of weights >= min_p and the number of tokens above a key, and the number at it."""
     weight = tl.zeros([], tl.float64)
     number = tl.zeros([], tl.int32)
@@ -110,14 +116,14 @@ def _above(row: Any, width: Any, best: Any, temperature: Any, min_p: Any, key: A
 
 @triton.jit
 def _sample(
-    logits: Any,
-    temperatures: Any,
-    top_ks: Any,
-    top_ps: Any,
-    min_ps: Any,
-    points: Any,
-    tokens: Any,
-    width: Any,
+    logits: tl.tensor,
+    temperatures: tl.tensor,
+    top_ks: tl.tensor,
+    top_ps: tl.tensor,
+    min_ps: tl.tensor,
+    points: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     n = tl.program_id(0)
@@ -147,17 +153,17 @@ def _sample(
 
 @triton.jit
 def _draw_cut(
-    row: Any,
-    width: Any,
-    best: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    point: Any,
-    has_top_k: Any,
+    row: tl.tensor,
+    width: tl.tensor,
+    best: tl.tensor,
+    temperature: tl.tensor,
+    top_k: tl.tensor,
+    top_p: tl.tensor,
+    min_p: tl.tensor,
+    point: tl.tensor,
+    has_top_k: tl.tensor,
     BLOCK: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Keep a run of the order by logit: all tokens above the key `cut`, and the first `num_ties` at it; draw in it."""
     cut = tl.full([], -2147483648, tl.int32)
     num_ties = tl.zeros([], tl.int32)
@@ -194,7 +200,13 @@ def _draw_cut(
 
 
 @triton.jit
-def _nth_at(row: Any, width: Any, key: Any, nth: Any, BLOCK: tl.constexpr) -> Any:
+def _nth_at(
+    row: tl.tensor,
+    width: tl.tensor,
+    key: tl.tensor,
+    nth: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
     """Return the id of the nth token, counted from 0 in order of id, whose logit has this key."""
     found = tl.zeros([], tl.int32)
     chosen = tl.zeros([], tl.int32)
@@ -210,8 +222,15 @@ def _nth_at(row: Any, width: Any, key: Any, nth: Any, BLOCK: tl.constexpr) -> An
 
 @triton.jit
 def _draw_whole(
-    row: Any, width: Any, best: Any, temperature: Any, min_p: Any, point: Any, chosen: Any, BLOCK: tl.constexpr
-) -> Any:
+    row: tl.tensor,
+    width: tl.tensor,
+    best: tl.tensor,
+    temperature: tl.tensor,
+    min_p: tl.tensor,
+    point: tl.tensor,
+    chosen: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
     """Draw in order of id: sum, then find the first token beyond the target, `chosen` where rounding hides it."""
     total = tl.zeros([], tl.float64)
     for start in range(0, width, BLOCK):

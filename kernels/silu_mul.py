@@ -1,7 +1,5 @@
 """SiLU of the gate times up, from packed [gate | up] rows, in one launch."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _silu_mul(gate_up: Any, out: Any, half: Any, BLOCK: tl.constexpr) -> None:
+def _silu_mul(
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    half: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < half
