@@ -69,8 +69,8 @@ def linear(
 ) -> Tensor:
     """Semantics: y = x W^T + bias, or add_to += x W^T + bias in place, summed in fp32 in rising order of i.
 
-    x: [T, I] contiguous, of the weight's dtype; returns [T, O] of that dtype or of `out_dtype` (float32, where add_to is
-    None). A row's result does not depend on the other rows. Raises MemoryError.
+    x: [T, I] contiguous, of the weight's dtype; returns [T, O] of that dtype or of `out_dtype` (float32, only without
+    add_to). A row's result does not depend on the other rows. Raises MemoryError.
     """
     assert x_TI.is_contiguous() and x_TI.dtype == weight.dtype and x_TI.shape[1] == weight.in_size
     y = add_to_TO

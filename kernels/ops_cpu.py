@@ -1,4 +1,4 @@
-"""Attention, RoPE, norms and SiLU of the CPU forward, computed in C; `kernels.ops` holds what torch computes instead."""
+"""Attention, RoPE, norms and SiLU of the CPU forward, in C; `kernels.ops` is the same in torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """The Serve application: which deployments there are, how they are sized, and how the gateway reaches the others."""
 
 import asyncio
+import contextvars
 import itertools
 import logging
 import urllib.request
@@ -45,7 +46,7 @@ class ServeBackend:
 
     async def complete(self, call: Call) -> Answer | Problem:
         """Answer in one piece; a cancelled caller cancels the replica's work too."""
-        response = self._handle(call, "complete").remote(call)
+        response = _send(self._handle(call, "complete"), call)
         try:
             return await response
         except asyncio.CancelledError:
@@ -56,7 +57,7 @@ class ServeBackend:
 
     async def stream(self, call: Call) -> AsyncGenerator[Piece, None]:
         """Answer as it is generated; a caller who leaves cancels the replica's work."""
-        response = self._handle(call, "stream").options(stream=True).remote(call)
+        response = _send(self._handle(call, "stream").options(stream=True), call)
         is_finished = False
         try:
             async for piece in response:
@@ -88,6 +89,15 @@ class ServeBackend:
     def _handle(self, call: Call, method: str) -> DeploymentHandle:
         adapter = call.adapter.digest if call.adapter else ""
         return self._replicas.options(method_name=method, multiplexed_model_id=adapter)
+
+
+def _send(handle: DeploymentHandle, call: Call) -> Any:
+    """Send a call in a context of its own.
+
+    In the context of an HTTP request Serve 2.60 gives all its calls one internal id, and a router that matches waiting
+    calls by that id, as ours does, forgets all but one of those sent at the same time: they would wait for ever.
+    """
+    return contextvars.Context().run(handle.remote, call)
 
 
 def _lost(call: Call, error: Exception) -> Problem:

@@ -11,6 +11,8 @@ from serve_apps.engine.sequence import Sequence
 
 # Adapters that waiting requests hold in memory beyond the host tier's budget, or have being read, at any time.
 MAX_LOADS_AHEAD = 16
+# How far down the line a step that admits nobody more looks for adapters to read.
+MAX_LOOKED_AT = 64
 
 Outcome = Literal["leased", "loading", "no room"]
 
@@ -30,6 +32,7 @@ class AdapterLoads:
         self._wanted: dict[str, Future[PackedAdapter]] = {}
         self._running_bytes: dict[str, int] = {}
         self._running: Collection[Sequence] = ()
+        self._num_looked_at = 0
         # Adapters on their way to the GPU, pinned until whoever waits for them can run.
         self._copying: dict[str, Lease] = {}
         self._still_copying: dict[str, Lease] = {}
@@ -42,6 +45,7 @@ class AdapterLoads:
     def begin_round(self, running: Collection[Sequence]) -> None:
         """Start a pass over the waiting sequences, given those that run, which grow by whom the pass admits."""
         self._wanted = {}
+        self._num_looked_at = 0
         self._still_copying = {}
         self._running = running
         leases = [sequence.lease for sequence in running if sequence.lease is not None]
@@ -77,6 +81,14 @@ class AdapterLoads:
         self._running_bytes[ref.digest] = num_bytes
         sequence.lease, sequence.adapter_digest = lease, lease.digest
         return "leased"
+
+    def read_ahead(self, sequence: Sequence) -> bool:
+        """Have the adapter of a sequence that cannot run yet read; False when that is enough for this round."""
+        ref = sequence.request.adapter
+        self._num_looked_at += 1
+        if ref is not None and self._pool.resident_bytes(ref.digest) is None and self._want(sequence) is None:
+            return False
+        return self._num_looked_at < MAX_LOOKED_AT
 
     def end_round(self) -> None:
         """Let go of what no sequence at the head of the line asked for in this round."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.native import Native
 from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.errors import AdapterCacheFull, AdapterInUse, AdapterTooLarge
 from serve_apps.engine.host_tier import HostTier
@@ -67,12 +68,18 @@ class AdapterPool:
         max_adapters: int,
         dtype: torch.dtype,
         device: torch.device,
+        native: Native | None = None,
     ) -> None:
         """Reserve `budget_bytes` on the device; on the CPU the system hands out pages on first use."""
         self._host = host
         self._budget_bytes = budget_bytes
         self._memory = LoraMemory(
-            budget_bytes=budget_bytes, max_adapters=max_adapters, num_layers=num_layers, dtype=dtype, device=device
+            budget_bytes=budget_bytes,
+            max_adapters=max_adapters,
+            num_layers=num_layers,
+            dtype=dtype,
+            device=device,
+            native=native,
         )
         self.lora = self._memory.lora
         self._free_rows = list(range(max_adapters - 1, -1, -1))

@@ -29,7 +29,9 @@ class EngineConfig:
     on the device, `adapter_host_bytes` those kept in host memory behind them; `adapter_dtype` "auto" is float32 on the
     CPU and the model's dtype on CUDA. `max_step_adapter_bytes` bounds the distinct adapters that run together, for a
     step reads each of them whole; None bounds nothing. `tenant_weights` (tenant, weight) shares out service; tenants
-    not named weigh 1.
+    not named weigh 1. `dtype` "auto" is bfloat16 on CUDA and on CPUs that
+    multiply it in one instruction, else float32. `native_kernels` False leaves the CPU's work to torch, as does a
+    missing compiler.
     """
 
     base_path: str
@@ -49,10 +51,11 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     tenant_weights: tuple[tuple[str, float], ...] = ()
     num_threads: int | None = None
+    native_kernels: bool = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InvalidRequest(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+        if self.dtype not in ("auto", *DTYPES):
+            raise InvalidRequest(f"dtype={self.dtype!r} is not supported; use auto or one of {', '.join(DTYPES)}")
         if self.adapter_dtype not in ("auto", *DTYPES):
             raise InvalidRequest(
                 f"adapter_dtype={self.adapter_dtype!r} is not supported; use auto or one of {', '.join(DTYPES)}"

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from configs import env
+from kernels.native import Native
+from kernels.native import load as load_native
 from serve_apps.engine.adapter import inspect_adapter, read_adapter
 from serve_apps.engine.adapter_loads import AdapterLoads
 from serve_apps.engine.adapter_pool import AdapterPool
@@ -15,7 +18,7 @@ from serve_apps.engine.errors import EngineError, InvalidRequest, PromptTooLong
 from serve_apps.engine.grammar import Grammars, GrammarState
 from serve_apps.engine.host_tier import HostTier
 from serve_apps.engine.kv_cache import BlockAllocator
-from serve_apps.engine.runner import Runner, StepResult, resolve_device
+from serve_apps.engine.runner import Runner, StepResult, resolve_device, resolve_dtype
 from serve_apps.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from serve_apps.engine.sequence import Choice, Sequence
 
@@ -39,8 +42,9 @@ class Engine:
         self.spec = read_spec(Path(config.base_path))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(config.base_path, local_files_only=True)
         device = resolve_device(config.device)
-        self.pool = _adapter_pool(config, self.spec, device)
-        self._runner = Runner(config, self.spec, lora_pool=self.pool.lora, device=device)
+        native = load_native(env.cache_home()) if _wants_native(config, device) else None
+        self.pool = _adapter_pool(config, self.spec, device, native)
+        self._runner = Runner(config, self.spec, lora_pool=self.pool.lora, device=device, native=native)
         self._allocator = BlockAllocator(self._runner.num_blocks)
         self._loads = AdapterLoads(self.pool, max_step_bytes=config.max_step_adapter_bytes)
         self._scheduler = Scheduler(self._allocator, self._loads, _limits(config))
@@ -224,12 +228,16 @@ def _limits(config: EngineConfig) -> SchedulerLimits:
     )
 
 
-def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device) -> AdapterPool:
+def _wants_native(config: EngineConfig, device: torch.device) -> bool:
+    return device.type == "cpu" and config.native_kernels and env.native_kernels()
+
+
+def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device, native: Native | None) -> AdapterPool:
     """Build the two tiers of adapters; host buffers are page-locked where a GPU copies from them."""
     name = config.adapter_dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else config.dtype
-    dtype: torch.dtype = getattr(torch, name)
+    dtype = resolve_dtype(name, device, native)
     read = partial(read_adapter, spec=spec, dtype=dtype, pin=device.type == "cuda")
     return AdapterPool(
         HostTier(read, budget_bytes=config.adapter_host_bytes),
@@ -238,6 +246,7 @@ def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device) -
         max_adapters=config.max_resident_adapters,
         dtype=dtype,
         device=device,
+        native=native,
     )
 
 

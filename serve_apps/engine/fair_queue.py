@@ -3,8 +3,8 @@
 A tenant's counter grows by the tokens computed for it, divided by its weight; the tenant with the least goes first, its
 requests in order of arrival. A tenant that comes back is lifted to the least counter among those that wait: idling
 saves nothing up. Source: Sheng et al., "Fairness in Serving Large Language Models", https://arxiv.org/abs/2401.00588,
-algorithm 2, with the paper's prices. Ageing is ours: a waiting request gains credit with every step, so that no choice
-of weights starves it.
+algorithm 2, with the paper's prices. Ageing is ours: a tenant that waits gains credit with every step in which it gets
+nothing, so that no choice of weights starves it. (Credit for each request's own wait would reward a flood.)
 """
 
 from bisect import bisect_left, insort
@@ -14,8 +14,8 @@ from serve_apps.engine.sequence import Sequence
 
 # Prices of a prompt token computed and of a token generated.
 PROMPT_TOKEN_PRICE, OUTPUT_TOKEN_PRICE = 1.0, 2.0
-# Credit in tokens per step of waiting. A step serves a token to each running sequence, so this shifts a fair share by
-# at most one running sequence's worth.
+# Credit in tokens per step without admission. A step serves a token to each running sequence, so among tenants that are
+# served in turn this shifts a share by a turn's length in steps.
 AGEING_PER_STEP = 1.0
 # Beyond this many, counters of absent tenants that would be lifted anyway are forgotten.
 MAX_IDLE_COUNTERS = 10_000
@@ -29,7 +29,8 @@ class FairQueue:
         self._weights = dict(weights)
         self._by_tenant: dict[str, list[Sequence]] = {}
         self._counters: dict[str, float] = {}
-        self._last_left = 0.0
+        self._unserved_since: dict[str, int] = {}
+        self._last_left: str | None = None
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -38,17 +39,18 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(sorted((seq for queue in self._by_tenant.values() for seq in queue), key=arrival))
 
-    def push(self, sequence: Sequence) -> None:
-        """Queue a sequence among its tenant's by arrival."""
+    def push(self, sequence: Sequence, now: int) -> None:
+        """Queue a sequence among its tenant's by arrival, in step `now`."""
         tenant = sequence.request.tenant
         if tenant not in self._by_tenant:
             self._lift(tenant)
             self._by_tenant[tenant] = []
+            self._unserved_since[tenant] = now
         insort(self._by_tenant[tenant], sequence, key=arrival)
         self._num_waiting += 1
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, because it runs now or has ended."""
+        """Take a sequence out that has ended."""
         tenant = sequence.request.tenant
         queue = self._by_tenant[tenant]
         index = bisect_left(queue, sequence.arrival, key=arrival)
@@ -57,7 +59,13 @@ class FairQueue:
         self._num_waiting -= 1
         if not queue:
             del self._by_tenant[tenant]
-            self._last_left = self._counters[tenant]
+            del self._unserved_since[tenant]
+            self._last_left = tenant
+
+    def admit(self, sequence: Sequence, now: int) -> None:
+        """Take a sequence out that runs from step `now` on."""
+        self._unserved_since[sequence.request.tenant] = now
+        self.remove(sequence)
 
     def charge(self, tenant: str, price: float) -> None:
         """Count service to a tenant."""
@@ -70,7 +78,7 @@ class FairQueue:
         """
         queues = {tenant: list(reversed(queue)) for tenant, queue in self._by_tenant.items()}
         while queues:
-            tenant = min(queues, key=lambda name: self._turn(queues[name][-1], now))
+            tenant = min(queues, key=lambda name: (self._turn(name, now), queues[name][-1].arrival))
             yield queues[tenant].pop()
             if not queues[tenant]:
                 del queues[tenant]
@@ -81,18 +89,18 @@ class FairQueue:
             assert queue and queue == sorted(queue, key=arrival), f"the queue of {tenant!r} is empty or out of order"
             assert all(sequence.request.tenant == tenant for sequence in queue), "a sequence waits in another's queue"
             assert tenant in self._counters, f"{tenant!r} has no counter"
+        assert self._unserved_since.keys() == self._by_tenant.keys(), "the tenants that age are others"
         assert self._num_waiting == sum(len(queue) for queue in self._by_tenant.values()), "the count is off"
 
-    def _turn(self, sequence: Sequence, now: int) -> tuple[float, int]:
-        credit = AGEING_PER_STEP * (now - sequence.waiting_since)
-        return self._counters[sequence.request.tenant] - credit, sequence.arrival
+    def _turn(self, tenant: str, now: int) -> float:
+        return self._counters[tenant] - AGEING_PER_STEP * (now - self._unserved_since[tenant])
 
     def _lift(self, tenant: str) -> None:
-        floor = min((self._counters[name] for name in self._by_tenant), default=self._last_left)
+        last = 0.0 if self._last_left is None else self._counters.get(self._last_left, 0.0)
+        floor = min((self._counters[name] for name in self._by_tenant), default=last)
         if len(self._counters) > MAX_IDLE_COUNTERS:
-            self._counters = {
-                name: value for name, value in self._counters.items() if name in self._by_tenant or value > floor
-            }
+            kept = self._by_tenant.keys() | {self._last_left}
+            self._counters = {name: value for name, value in self._counters.items() if name in kept or value > floor}
         self._counters[tenant] = max(self._counters.get(tenant, 0.0), floor)
 
 

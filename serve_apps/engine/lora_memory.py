@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.lora import MODULES, LoraPool
+from kernels.native import Native
 from serve_apps.engine.arena import Arena
 from serve_apps.engine.packed_adapter import PackedAdapter
 
@@ -39,7 +40,14 @@ class LoraMemory:
     """Owns `lora` and knows where each adapter lies in it."""
 
     def __init__(
-        self, *, budget_bytes: int, max_adapters: int, num_layers: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        budget_bytes: int,
+        max_adapters: int,
+        num_layers: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        native: Native | None = None,
     ) -> None:
         """Reserve `budget_bytes` on the device; on the CPU the system hands out pages on first use."""
         self._itemsize = dtype.itemsize
@@ -49,6 +57,7 @@ class LoraMemory:
             data=torch.empty(self.arena.size, dtype=dtype, device=device),
             table=host_table.to(device),
             host_table=host_table,
+            native=native,
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.num_moved_bytes = 0

@@ -3,6 +3,7 @@
 q/k/v and gate/up are packed, so that each input is read once. Shape letters as in `kernels.ops`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -12,22 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import ops
+from kernels.linear_cpu import PackedWeight, linear
 from kernels.lora import MODULES, lora_add_
+from kernels.native import Native
 from serve_apps.engine.architecture import GROUPS, ModelSpec
+from serve_apps.engine.cpu_forward import CpuForward
 
 if TYPE_CHECKING:
     from serve_apps.engine.batch import StepBatch
     from serve_apps.engine.kv_cache import KvCache
+
+# Per group of linears: where they stand in `kernels.lora.MODULES`, and the bounds of their outputs.
+LoraPlaces = Mapping[str, tuple[range, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
 class Linear:
     """y = x weight + bias; weight [I, O] in whichever memory order the device multiplies fastest, bias [O] or None."""
 
-    weight_IO: Tensor
+    weight_IO: Tensor | PackedWeight
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(self.weight_IO, PackedWeight):
+            return linear(x, self.weight_IO, self.bias)
         return torch.mm(x, self.weight_IO) if self.bias is None else torch.addmm(self.bias, x, self.weight_IO)
 
 
@@ -47,19 +56,25 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a model; `lm_head` is `embedding` itself when they are tied."""
+    """All weights of a model; `lm_head` is `embedding` itself when they are tied.
 
-    embedding: Tensor
+    Linears and `lm_head` (so a tied embedding too) are packed where the forward runs on the C kernels of the CPU.
+    """
+
+    embedding: Tensor | PackedWeight
     layers: tuple[Layer, ...]
     norm: Tensor
-    lm_head: Tensor
+    lm_head: Tensor | PackedWeight
 
 
 class Model:
     """The forward pass over one step's tokens."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, *, max_positions: int) -> None:
-        """Own `weights` and tabulate RoPE for positions 0..max_positions-1 (in fp32, then in the model's dtype)."""
+    def __init__(self, spec: ModelSpec, weights: Weights, *, max_positions: int, native: Native | None = None) -> None:
+        """Own `weights` and tabulate RoPE for positions 0..max_positions-1 (in fp32, then in the model's dtype).
+
+        With `native` the weights are packed and its kernels compute the whole forward.
+        """
         self.spec = spec
         self.weights = weights
         self._lora_groups = {group: _lora_group(spec, linears) for group, linears in GROUPS.items()}
@@ -68,9 +83,12 @@ class Model:
         cos, sin = angles.cos() * spec.rope_scaling, angles.sin() * spec.rope_scaling
         self._cos = torch.cat((cos, cos), -1).to(device, dtype)
         self._signed_sin = torch.cat((-sin, sin), -1).to(device, dtype)
+        self._cpu_forward = None if native is None else CpuForward(spec, weights, self._lora_groups, native, cos, sin)
 
     def forward(self, batch: "StepBatch", kv: "KvCache") -> Tensor:
         """Return fp32 logits [rows asked for, vocabulary]; writes the step's keys and values into `kv`."""
+        if self._cpu_forward is not None:
+            return self._cpu_forward(batch, kv)
         eps = self.spec.rms_norm_eps
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         x = F.embedding(batch.token_ids, self.weights.embedding)

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 
 from kernels.lora import LoraPool
+from kernels.native import Native
 from serve_apps.engine.architecture import ModelSpec
 from serve_apps.engine.batch import build_batch
 from serve_apps.engine.config import EngineConfig
+from serve_apps.engine.cpu_forward import can_run
 from serve_apps.engine.errors import InvalidRequest
 from serve_apps.engine.kv_cache import KvCache, block_bytes
 from serve_apps.engine.model import Model
@@ -27,14 +29,24 @@ StepResult = Choice | Exception | None
 class Runner:
     """Weights, cache and the step. Errors of a step come back as values, one per sequence concerned."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, *, lora_pool: LoraPool, device: torch.device) -> None:
-        """Load the weights; `lora_pool` lies on `device`. Raises CorruptModel."""
-        self.dtype: torch.dtype = getattr(torch, config.dtype)
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        *,
+        lora_pool: LoraPool,
+        device: torch.device,
+        native: Native | None = None,
+    ) -> None:
+        """Load the weights; `lora_pool` lies on `device`, `native` computes on the CPU. Raises CorruptModel."""
+        self.dtype = resolve_dtype(config.dtype, device, native)
+        if device.type != "cpu" or not can_run(spec, self.dtype):
+            native = None
         self.device = device
         self._lora_pool = lora_pool
         self.max_model_len = min(config.max_model_len, spec.max_positions)
-        weights = load_weights(Path(config.base_path), spec, dtype=self.dtype, device=self.device)
-        self.model = Model(spec, weights, max_positions=self.max_model_len)
+        weights = load_weights(Path(config.base_path), spec, dtype=self.dtype, device=self.device, native=native)
+        self.model = Model(spec, weights, max_positions=self.max_model_len, native=native)
         self.num_blocks = config.num_kv_blocks or self._default_num_blocks(config, spec)
         self._block_size = config.kv_block_size
         self.kv = KvCache(
@@ -83,3 +95,14 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidRequest(f"device={name!r}: torch finds no CUDA device here; use device='cpu'")
     return device
+
+
+def resolve_dtype(name: str, device: torch.device, native: Native | None) -> torch.dtype:
+    """Return the dtype called `name`; "auto" is bfloat16 on CUDA and where the CPU multiplies it in one instruction.
+
+    Without that instruction torch's bfloat16 products take 8 times as long as float32 (docs/log.md, 2026-11-22).
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    is_fast = device.type == "cuda" or (native is not None and native.has_bf16_dot)
+    return torch.bfloat16 if is_fast else torch.float32

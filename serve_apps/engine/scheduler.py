@@ -61,8 +61,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind its tenant's earlier ones."""
-        sequence.waiting_since = self._num_steps
-        self.waiting.push(sequence)
+        self.waiting.push(sequence, self._num_steps)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished, failed or aborted sequence and give back all it holds."""
@@ -152,12 +151,17 @@ class Scheduler:
         """Start waiting sequences while tokens, seats and blocks last, passing over whose adapter is not there yet."""
         budget = self._limits.max_step_tokens - sum(item.num_tokens for item in plan)
         passed_over: list[Sequence] = []
+        is_closed = False
         self._loads.begin_round(self.running)
         for sequence in self.waiting.in_order(self._num_steps):
             # All its tokens and one more must fit, or it would preempt itself at once.
             is_room = self._num_blocks(len(sequence.token_ids) + 1) <= self._num_unreserved_blocks()
-            if budget < 1 or len(self.running) >= self._limits.max_num_seqs or not (is_room or not self.running):
-                break
+            is_closed |= budget < 1 or len(self.running) >= self._limits.max_num_seqs
+            is_closed |= bool(self.running) and not is_room
+            if is_closed:
+                if not self._loads.read_ahead(sequence):
+                    break
+                continue
             try:
                 outcome = self._loads.lease(sequence)
             except EngineError as error:
@@ -166,8 +170,7 @@ class Scheduler:
             if outcome == "loading":
                 continue
             if outcome == "no room":
-                if sequence.num_passed_over >= MAX_PASSED_OVER:
-                    break
+                is_closed |= sequence.num_passed_over >= MAX_PASSED_OVER
                 passed_over.append(sequence)
                 continue
             for earlier in passed_over:
@@ -177,7 +180,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, plan: list[Scheduled], budget: int) -> int:
         """Let an admitted sequence run, from behind the prefix that is cached; return the tokens it takes."""
-        self.waiting.remove(sequence)
+        self.waiting.admit(sequence, self._num_steps)
         insort(self.running, sequence, key=arrival)
         self._find_prefix(sequence)
         if not sequence.is_charged:

@@ -37,7 +37,6 @@ class Sequence:
         # The chain of `engine.prefix`: one key to start from, then one per whole block known so far.
         self.block_keys: list[bytes] = []
         self.num_registered = 0
-        self.waiting_since = 0
         self.is_charged = False
         self.num_passed_over = 0
         self.retry_after_release = -1

@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels.linear_cpu import pack
+from kernels.native import Native
 from serve_apps.engine.architecture import GROUPS, ModelSpec
 from serve_apps.engine.errors import CorruptModel
 from serve_apps.engine.model import Layer, Linear, Weights
@@ -55,8 +57,10 @@ class Checkpoint:
             )
 
 
-def load_weights(base_path: Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Read and pack all weights in `dtype` on `device`."""
+def load_weights(
+    base_path: Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, native: Native | None = None
+) -> Weights:
+    """Read all weights in `dtype` on `device`; with `native` in the packed form that its kernels multiply by."""
 
     def new(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
@@ -65,13 +69,16 @@ def load_weights(base_path: Path, spec: ModelSpec, *, dtype: torch.dtype, device
         checkpoint = Checkpoint(base_path, stack)
         embedding = new(spec.vocab_size, spec.hidden_size)
         checkpoint.read_into(embedding, "model.embed_tokens.weight")
-        layers = tuple(_read_layer(checkpoint, spec, index, new) for index in range(spec.num_layers))
+        if native is not None and spec.tied:
+            embedding = pack(embedding, native)
+        layers = tuple(_read_layer(checkpoint, spec, index, new, native) for index in range(spec.num_layers))
         norm = new(spec.hidden_size)
         checkpoint.read_into(norm, "model.norm.weight")
         lm_head = embedding
         if not spec.tied:
             lm_head = new(spec.vocab_size, spec.hidden_size)
             checkpoint.read_into(lm_head, "lm_head.weight")
+            lm_head = lm_head if native is None else pack(lm_head, native)
         checkpoint.check_all_read(ignore=("rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
     return Weights(embedding, layers, norm, lm_head)
 
@@ -84,7 +91,7 @@ def _shards(base_path: Path) -> list[str]:
     raise CorruptModel(f"{base_path} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model as safetensors")
 
 
-def _read_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, new: Any) -> Layer:
+def _read_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, new: Any, native: Native | None) -> Layer:
     prefix = f"model.layers.{index}."
 
     def vector(name: str, size: int) -> Tensor:
@@ -93,7 +100,7 @@ def _read_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, new: Any) -
         return target
 
     def packed(group: str, block: str) -> Linear:
-        return _read_packed(checkpoint, spec, f"{prefix}{block}.", modules=GROUPS[group], new=new)
+        return _read_packed(checkpoint, spec, f"{prefix}{block}.", modules=GROUPS[group], new=new, native=native)
 
     return Layer(
         input_norm=vector("input_layernorm.weight", spec.hidden_size),
@@ -107,10 +114,19 @@ def _read_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, new: Any) -
     )
 
 
-def _read_packed(checkpoint: Checkpoint, spec: ModelSpec, prefix: str, *, modules: tuple[str, ...], new: Any) -> Linear:
+def _read_packed(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    prefix: str,
+    *,
+    modules: tuple[str, ...],
+    new: Any,
+    native: Native | None,
+) -> Linear:
     """Read linears that share their input into one weight, rows of the first above rows of the next."""
     sizes = [spec.linear_shape(module)[0] for module in modules]
-    weight_OI = _new_weight(sum(sizes), spec.linear_shape(modules[0])[1], new)
+    in_size = spec.linear_shape(modules[0])[1]
+    weight_OI = _new_weight(sum(sizes), in_size, new) if native is None else new(sum(sizes), in_size)
     has_bias = f"{prefix}{modules[0]}.bias" in checkpoint
     bias = new(sum(sizes)) if has_bias else None
     start = 0
@@ -119,7 +135,7 @@ def _read_packed(checkpoint: Checkpoint, spec: ModelSpec, prefix: str, *, module
         if bias is not None:
             checkpoint.read_into(bias[start : start + size], f"{prefix}{module}.bias")
         start += size
-    return Linear(weight_OI.t(), bias)
+    return Linear(weight_OI.t() if native is None else pack(weight_OI, native), bias)
 
 
 def _new_weight(out_size: int, in_size: int, new: Any) -> Tensor:

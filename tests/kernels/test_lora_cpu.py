@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 4e-2}
 CPU = torch.device("cpu")
 NUM_LAYERS, LAYER = 3, 1
 GROUPS = {"qkv": range(0, 3), "o": range(3, 4), "gate_up": range(4, 6), "down": range(6, 7)}
-# Input size, output size per module: below one vector, not a multiple of one, SmolLM's own, wider than one item of work.
+# Input size, output size per module: below one vector, not a multiple of one (and wider than one item), SmolLM's own.
 SHAPES = {
     "tiny": (5, (3, 7, 1, 4, 2, 9, 6)),
     "odd": (83, (17, 70, 33, 65, 260, 19, 515)),
