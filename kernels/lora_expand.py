@@ -6,7 +6,6 @@ deterministic without atomics. Like shrink, a tile of 1-4 tokens takes the GEMV 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -72,27 +71,27 @@ def lora_expand_(
 
 @triton.jit
 def _expand(
-    y: Any,
-    data: Any,
-    table: Any,
-    order: Any,
-    sorted_rows: Any,
-    tile_starts: Any,
-    num_tiles: Any,
-    partials: Any,
-    num_tokens: Any,
-    out_size: Any,
-    bound_0: Any,
-    bound_1: Any,
-    bound_2: Any,
-    bound_3: Any,
-    block_1: Any,
-    block_2: Any,
-    num_blocks: Any,
-    table_stride: Any,
-    table_offset: Any,
-    partial_stride: Any,
-    max_splits: Any,
+    y: tl.tensor,
+    data: tl.tensor,
+    table: tl.tensor,
+    order: tl.tensor,
+    sorted_rows: tl.tensor,
+    tile_starts: tl.tensor,
+    num_tiles: tl.tensor,
+    partials: tl.tensor,
+    num_tokens: tl.tensor,
+    out_size: tl.tensor,
+    bound_0: tl.tensor,
+    bound_1: tl.tensor,
+    bound_2: tl.tensor,
+    bound_3: tl.tensor,
+    block_1: tl.tensor,
+    block_2: tl.tensor,
+    num_blocks: tl.tensor,
+    table_stride: tl.tensor,
+    table_offset: tl.tensor,
+    partial_stride: tl.tensor,
+    max_splits: tl.tensor,
     NUM_MODULES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     IS_16_BIT: tl.constexpr,

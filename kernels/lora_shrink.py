@@ -8,14 +8,13 @@ writes its own partial sums and the expand kernel adds them in order: no atomics
 Sources: LoRA https://arxiv.org/abs/2106.09685; many adapters in one launch https://arxiv.org/abs/2310.18547.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.devices import multiplies_natively
 from kernels.lora import LoraPool, LoraWork
-from kernels.lora_work import group_ranks, multiplies_natively, split_count
+from kernels.lora_work import group_ranks, split_count
 
 GEMV_ROWS = 4
 
@@ -59,20 +58,20 @@ def lora_shrink_(work: LoraWork, x_TI: Tensor, *, pool: LoraPool, layer: int, mo
 
 @triton.jit
 def _shrink(
-    x: Any,
-    data: Any,
-    table: Any,
-    order: Any,
-    sorted_rows: Any,
-    tile_starts: Any,
-    num_tiles: Any,
-    partials: Any,
-    num_tokens: Any,
-    in_size: Any,
-    table_stride: Any,
-    table_offset: Any,
-    partial_stride: Any,
-    max_splits: Any,
+    x: tl.tensor,
+    data: tl.tensor,
+    table: tl.tensor,
+    order: tl.tensor,
+    sorted_rows: tl.tensor,
+    tile_starts: tl.tensor,
+    num_tiles: tl.tensor,
+    partials: tl.tensor,
+    num_tokens: tl.tensor,
+    in_size: tl.tensor,
+    table_stride: tl.tensor,
+    table_offset: tl.tensor,
+    partial_stride: tl.tensor,
+    max_splits: tl.tensor,
     NUM_MODULES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     IN_FP32: tl.constexpr,

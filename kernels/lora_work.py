@@ -11,7 +11,6 @@ the two launches can lie inside a CUDA graph: a replay sorts whatever `adapter_r
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -58,15 +57,6 @@ def num_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count) * PROGRAMS_PER_PROCESSOR
-
-
-def multiplies_natively(left: Tensor, right: Tensor) -> bool:
-    """Say whether the tensor cores take both operands as they are: one 16-bit type, and a real device.
-
-    The interpreter of triton 3.6 and 3.7 multiplies bf16 by its bit patterns, so there operands become fp32 first,
-    which holds them exactly.
-    """
-    return left.is_cuda and left.dtype == right.dtype and left.dtype != torch.float32
 
 
 def allocate_work(
@@ -122,7 +112,12 @@ def build_work_(work: LoraWork, adapter_rows_T: Tensor) -> None:
 
 @triton.jit
 def _sort_tokens(
-    rows: Any, order: Any, sorted_rows: Any, index_in_segment: Any, num_tokens: Any, BLOCK: tl.constexpr
+    rows: tl.tensor,
+    order: tl.tensor,
+    sorted_rows: tl.tensor,
+    index_in_segment: tl.tensor,
+    num_tokens: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
     """Count for each token how many come before it: quadratic in tokens, yet one launch, no atomics, always the same.
 
@@ -149,11 +144,11 @@ def _sort_tokens(
 
 @triton.jit
 def _list_tiles(
-    sorted_rows: Any,
-    index_in_segment: Any,
-    tile_starts: Any,
-    num_tiles: Any,
-    num_tokens: Any,
+    sorted_rows: tl.tensor,
+    index_in_segment: tl.tensor,
+    tile_starts: tl.tensor,
+    num_tiles: tl.tensor,
+    num_tokens: tl.tensor,
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -172,13 +167,16 @@ def _list_tiles(
 
 
 @triton.jit
-def split_count(num_tiles: Any, programs: Any, max_splits: Any) -> Any:
+def split_count(num_tiles: tl.tensor, programs: tl.tensor, max_splits: tl.tensor) -> tl.tensor:
     """Return how many splits of k occupy the grid with so many tiles; shrink and expand must agree on it."""
     return tl.minimum(max_splits, tl.maximum(1, programs // tl.maximum(num_tiles, 1)))
 
 
 @triton.jit
-def group_ranks(entry: Any, NUM_MODULES: tl.constexpr) -> Any:
+def group_ranks(
+    entry: tl.tensor,
+    NUM_MODULES: tl.constexpr,
+) -> tl.tensor:
     """Return the ranks of up to three neighbouring modules of one adapter, 0 where the group has fewer."""
     rank_0 = tl.load(entry + 2).to(tl.int32)
     rank_1 = 0

@@ -20,6 +20,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight.float()
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return residual + x, rounded to x's dtype, and its norm in fp32."""
+    total = (residual.float() + x.float()).to(x.dtype)
+    return total, rms_norm(total, weight, eps)
+
+
 def rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotate each pair (d, d + D/2) by its token's angle; cos and sin are [T, D] with equal halves."""
     x = x_THD.float()
@@ -154,3 +160,19 @@ def pick(probabilities: Sequence[float], order: Sequence[int], point: float) -> 
         if running > point and probabilities[token] > 0:
             return token
     return max(range(len(probabilities)), key=probabilities.__getitem__)
+
+
+def sample(
+    logits_V: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float, point: float
+) -> tuple[int, float]:
+    """Return the token drawn at `point`, and how far the point is from the border to another token."""
+    order = sorted(range(len(logits_V)), key=lambda token: (-float(logits_V[token]), token))
+    if temperature == 0:
+        return order[0], 1.0
+    probabilities = top_k_top_p(logits_V, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    by_id = top_p >= 1 and not 0 < top_k < len(logits_V)
+    order = list(range(len(logits_V))) if by_id else order
+    borders = [0.0]
+    for token in order:
+        borders.append(borders[-1] + probabilities[token])
+    return pick(probabilities, order, point), min(abs(point - border) for border in borders[1:])
