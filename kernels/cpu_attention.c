@@ -6,8 +6,7 @@ multiple of 16. Each query row is computed alone, in fp32, so it does not depend
 
 #include "cpu_vector.h"
 
-#define MAX_VECTORS 16 /* D <= 256 */
-#define MAX_SHARING 8  /* query heads computed in one pass over a key head's keys */
+#define MAX_SHARING 4 /* query heads computed in one pass over a key head's keys */
 
 /* head /= rms(head) * weight, in place, before RoPE (Qwen3). */
 INLINE void norm_head(void *head, const void *weight, int64_t D, float eps, const int dtype) {
@@ -77,29 +76,54 @@ INLINE int64_t slot_of(const Run *run, int64_t j) {
     return run->list ? ((const int64_t *)run->list)[j] : run->slot + j;
 }
 
-/* Softmax weights of NH query heads over keys [first, first + count), in scores[h * count_padded + j]. */
+/* Lanes `low` of a and b next to each other, plus lanes `high` of a and b. */
+#define FOLD(a, b, low, high) (__builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high))
+
+/* The sums of 16 vectors' lanes as one vector; each is summed by halves, quarters, ..., wherever it stands. */
+INLINE vec sum_lanes_of_16(const vec *v) {
+    const ivec half_low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, half_high = half_low + 8;
+    const ivec quarter_low = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}, quarter_high = quarter_low + 4;
+    const ivec pair_low = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, pair_high = pair_low + 2;
+    const ivec one_low = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}, one_high = one_low + 1;
+    vec a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++) a[i] = FOLD(v[i], v[i + 8], half_low, half_high);
+    for (int i = 0; i < 4; i++) b[i] = FOLD(a[i], a[i + 4], quarter_low, quarter_high);
+    for (int i = 0; i < 2; i++) c[i] = FOLD(b[i], b[i + 2], pair_low, pair_high);
+    return FOLD(c[0], c[1], one_low, one_high); /* lane l is vector l's sum: each fold halves the step between them */
+}
+
+/* scores[h * padded + j] = exp(scale q[h] K[j] - its maximum) for NH heads; -inf becomes 0 beyond count. */
 INLINE void score(const int NH, const int NV, float *scores, int64_t padded, const void *q, const void *k,
                   const Run *run, int64_t first, int64_t count, int64_t key_stride, float scale, float *totals,
                   const int dtype) {
-    float best[MAX_SHARING];
-    for (int h = 0; h < NH; h++) best[h] = -__builtin_inff();
-    for (int64_t j = 0; j < count; j++) {
-        const void *key = at(k, slot_of(run, first + j) * key_stride, dtype);
+    vec queries[NH * NV], best[NH];
+    for (int i = 0; i < NH * NV; i++) queries[i] = load(q, i * LANES, dtype) * scale;
+    for (int h = 0; h < NH; h++) best[h] = splat(-__builtin_inff());
+    for (int64_t block = 0; block < count; block += LANES) {
+        vec products[NH][LANES];
+        for (int j = 0; j < LANES; j++) {
+            /* Beyond the last key the last one again: its scores are overwritten below. */
+            int64_t position = block + j < count ? block + j : count - 1;
+            const void *key = at(k, slot_of(run, first + position) * key_stride, dtype);
+            for (int h = 0; h < NH; h++) products[h][j] = queries[h * NV] * load(key, 0, dtype);
+            for (int v = 1; v < NV; v++) {
+                vec part = load(key, v * LANES, dtype);
+                for (int h = 0; h < NH; h++) products[h][j] += queries[h * NV + v] * part;
+            }
+        }
         for (int h = 0; h < NH; h++) {
-            vec sum = splat(0);
-            for (int v = 0; v < NV; v++)
-                sum += load(q, (h * NV + v) * LANES, dtype) * load(key, v * LANES, dtype);
-            float value = sum_lanes(sum) * scale;
-            scores[h * padded + j] = value;
-            best[h] = value > best[h] ? value : best[h];
+            vec sums = sum_lanes_of_16(products[h]);
+            store(scores, h * padded + block, sums, F32);
+            best[h] = choose(sums > best[h], sums, best[h]);
         }
     }
     for (int h = 0; h < NH; h++) {
-        float *weights = scores + h * padded;
-        vec sum = splat(0);
+        float *weights = scores + h * padded, most = best[h][0];
+        for (int l = 1; l < LANES; l++) most = best[h][l] > most ? best[h][l] : most;
         for (int64_t j = count; j < padded; j++) weights[j] = -__builtin_inff();
+        vec sum = splat(0);
         for (int64_t j = 0; j < padded; j += LANES) {
-            vec weight = vec_exp(load(weights, j, F32) - best[h]);
+            vec weight = vec_exp(load(weights, j, F32) - most);
             store(weights, j, weight, F32);
             sum += weight;
         }
@@ -107,22 +131,24 @@ INLINE void score(const int NH, const int NV, float *scores, int64_t padded, con
     }
 }
 
-INLINE void attend(const int NV, void *out, const void *q, const void *k, const void *v, const Run *run, int64_t first,
-                   int64_t count, int64_t NH, int64_t key_stride, float scale, float *scores, const int dtype) {
+/* NH query heads that share a key head over keys [first, first + count). */
+INLINE void attend(const int NH, const int NV, void *out, const void *q, const void *k, const void *v, const Run *run,
+                   int64_t first, int64_t count, int64_t key_stride, float scale, float *scores, const int dtype) {
     int64_t padded = (count + LANES - 1) / LANES * LANES;
-    float totals[MAX_SHARING];
-    for (int64_t h = 0; h < NH; h++)
-        score(1, NV, scores + h * padded, padded, at(q, h * NV * LANES, dtype), k, run, first, count, key_stride,
-              scale, totals + h, dtype);
-    for (int64_t h = 0; h < NH; h++) {
-        vec sums[MAX_VECTORS];
-        for (int d = 0; d < NV; d++) sums[d] = splat(0);
-        for (int64_t j = 0; j < count; j++) {
-            const void *value = at(v, slot_of(run, first + j) * key_stride, dtype);
-            for (int d = 0; d < NV; d++) sums[d] += scores[h * padded + j] * load(value, d * LANES, dtype);
+    float totals[NH];
+    score(NH, NV, scores, padded, q, k, run, first, count, key_stride, scale, totals, dtype);
+    vec sums[NH][NV];
+    for (int h = 0; h < NH; h++)
+        for (int d = 0; d < NV; d++) sums[h][d] = splat(0);
+    for (int64_t j = 0; j < count; j++) {
+        const void *value = at(v, slot_of(run, first + j) * key_stride, dtype);
+        for (int d = 0; d < NV; d++) {
+            vec part = load(value, d * LANES, dtype);
+            for (int h = 0; h < NH; h++) sums[h][d] += scores[h * padded + j] * part;
         }
-        for (int d = 0; d < NV; d++) store(out, (h * NV + d) * LANES, sums[d] / totals[h], dtype);
     }
+    for (int h = 0; h < NH; h++)
+        for (int d = 0; d < NV; d++) store(out, (h * NV + d) * LANES, sums[h][d] / totals[h], dtype);
 }
 
 typedef struct {
@@ -137,19 +163,29 @@ INLINE void attend_row(const Attention *a, const Run *run, int64_t row, int64_t 
     int64_t count = run->context_len - run->num_rows + row + 1;
     int64_t first = a->window && count > a->window ? count - a->window : 0;
     count -= first;
-    for (int64_t done = 0; done < share; done += MAX_SHARING) {
-        int64_t head = g * share + done, num_heads = share - done < MAX_SHARING ? share - done : MAX_SHARING;
+    const void *k = at(a->k, g * D, dtype), *v = at(a->v, g * D, dtype);
+    int64_t most = D <= 64 ? MAX_SHARING : D == 128 ? 2 : 1; /* as many as keep their sums in registers */
+    for (int64_t done = 0, now; done < share; done += now) {
+        int64_t head = g * share + done;
+        now = share - done < most ? share - done : most;
         const void *q = at(a->qkv, t * (a->H + 2 * a->G) * D + head * D, dtype);
         void *out = (void *)at(a->out, (t * a->H + head) * D, dtype);
-        const void *k = at(a->k, g * D, dtype), *v = at(a->v, g * D, dtype);
-        switch (D / LANES) {
-#define CASE(n) \
-    case n: attend(n, out, q, k, v, run, first, count, num_heads, a->G * D, a->scale, scores, dtype); break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8)
-#undef CASE
+#define ATTEND(nh, nv) attend(nh, nv, out, q, k, v, run, first, count, a->G * D, a->scale, scores, dtype)
+#define CASE(nh, nv) case nh * 100 + nv: ATTEND(nh, nv); break;
+        switch (now * 100 + D / LANES) {
+            CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1)
+            CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2)
+            CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4)
+            CASE(1, 8) CASE(2, 8)
             default:
-                attend(D / LANES, out, q, k, v, run, first, count, num_heads, a->G * D, a->scale, scores, dtype);
+                for (int64_t h = 0; h < now; h++) {
+                    ATTEND(1, D / LANES);
+                    q = at(q, D, dtype);
+                    out = (void *)at(out, D, dtype);
+                }
         }
+#undef CASE
+#undef ATTEND
     }
 }
 

@@ -9,6 +9,9 @@ from torch import Tensor
 from kernels.native import DTYPE_CODES, Native, check
 from kernels.ops import AttentionRun
 
+# Below this many values one thread is done before a second has woken up, and waits for nobody on a busy machine.
+MIN_THREADED_VALUES = 1 << 15
+
 
 @dataclass(frozen=True)
 class RunTable:
@@ -82,7 +85,7 @@ def rope_kv_(
         heads.head_dim,
         eps,
         DTYPE_CODES[qkv_TO.dtype],
-        torch.get_num_threads(),
+        _num_threads(qkv_TO),
     )
 
 
@@ -139,7 +142,7 @@ def add_rms_norm(x: Tensor, weight: Tensor, eps: float, *, native: Native, delta
         x.shape[1],
         eps,
         DTYPE_CODES[x.dtype],
-        torch.get_num_threads(),
+        _num_threads(x),
     )
     return y
 
@@ -149,6 +152,10 @@ def silu_mul(gate_up: Tensor, *, native: Native) -> Tensor:
     half = gate_up.shape[1] // 2
     y = gate_up.new_empty(len(gate_up), half)
     native.silu_mul(
-        y.data_ptr(), gate_up.data_ptr(), len(gate_up), half, DTYPE_CODES[gate_up.dtype], torch.get_num_threads()
+        y.data_ptr(), gate_up.data_ptr(), len(gate_up), half, DTYPE_CODES[gate_up.dtype], _num_threads(gate_up)
     )
     return y
+
+
+def _num_threads(x: Tensor) -> int:
+    return 1 if x.numel() < MIN_THREADED_VALUES else torch.get_num_threads()
