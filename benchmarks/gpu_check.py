@@ -203,7 +203,15 @@ def check_speed(device: str, folder: Path, *, is_quick: bool) -> Iterator[Figure
     model = model.to(device)
     name = str(dtype).removeprefix("torch.")
     engine = Engine(
-        EngineConfig(str(folder / "speed"), dtype=name, device=device, max_num_seqs=32, max_step_tokens=4096)
+        EngineConfig(
+            str(folder / "speed"),
+            dtype=name,
+            device=device,
+            max_num_seqs=32,
+            max_step_tokens=4096,
+            # The same prompts come again for every timing: found prefixes would be no work done.
+            enable_prefix_cache=False,
+        )
     )
     for batch in batches:
         theirs = best_of_two(lambda batch=batch: generate_transformers(model, batch, num_new))
