@@ -55,8 +55,8 @@ gpu: ## what needs an NVIDIA GPU; any Python with torch, triton, transformers, s
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 bench: setup ## quick form of every benchmark, held to its floor
-	@for file in benchmarks/*.py; do name=$$(basename $$file .py); \
-		case $$name in __init__|gpu_check) continue;; esac; \
+	@for file in $$(grep -l __main__ benchmarks/*.py); do name=$$(basename $$file .py); \
+		case $$name in gpu_check) continue;; esac; \
 		echo "== $$name"; $(BIN)/python -m benchmarks.$$name --quick --check; done
 
 up: setup ## start Ray, MLflow and the API here

@@ -2,10 +2,10 @@
 
     python -m benchmarks.soak [--requests N] [--quick] [--check] [--out FILE]
 
-A tiny random Llama, 24 adapters of mixed ranks and modules, 22 prompts. Greedy references of every (adapter, prompt) are
-computed once by PEFT, one at a time, the whole sequence anew for each token. A token that differs is explained only
+A tiny random Llama, 24 adapters of mixed ranks and modules, 22 prompts. Greedy references of every (adapter, prompt)
+are computed once by PEFT, one at a time, the whole sequence anew for each token. A token that differs is explained only
 where the reference's two best logits lie within 1e-4: rows of a product differ by up to 4e-5 with the batch's size.
-The engine's rooms are small on purpose: few KV blocks, a device tier for a quarter of the adapters, chunks of 24 tokens.
+where the two best logits of the reference lie within 1e-4: rows of a product differ by up to 4e-5 with batch size.
 """
 
 import random
