@@ -86,7 +86,7 @@ def test_a_mixed_batch_draws_what_the_oracle_draws(knobs: list[SamplingParams], 
 
 def test_a_cut_beyond_the_candidates_is_made_over_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties at the border among others: which of them are kept depends on all of them."""
-    monkeypatch.setattr(sampler, "NUM_CANDIDATES", 4)
+    monkeypatch.setattr(sampler, "NUM_CANDIDATES", (2, 4))
     logits = torch.zeros(1, 50)
     logits[0, 30] = 1.0
     for params in (SamplingParams(temperature=1.0, top_k=3), SamplingParams(temperature=1.0, top_p=0.6)):
