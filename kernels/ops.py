@@ -3,7 +3,6 @@
 Shape letters: T tokens of the step, H query heads, G key/value heads, D head size, S KV slots (blocks x block size),
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,11 +26,34 @@ class AttentionRun:
 
 
 @dataclass(frozen=True)
+class PagedBatch:
+    """Where a step's N sequences lie. All on the device, int32; a CUDA graph holds the buffers and refills them.
+
+    block_tables: [N, most blocks], ids of a sequence's KV blocks in order. context_lens: [N], tokens up to and
+    including the step's, 0 for a sequence that pads a graph's batch. row_starts: [N + 1], first row of each sequence.
+    `has_decode`, `has_chunks`: whether some sequence may have one new row, more than one; known on the host.
+    `num_splits`: in how many parts the decode body reads the keys of one sequence.
+    """
+
+    block_tables: Tensor
+    context_lens: Tensor
+    row_starts: Tensor
+    block_size: int
+    has_decode: bool
+    has_chunks: bool
+    num_splits: int = 8
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
-    """All runs of a step, and the masks that its layers share (filled on first use, one per run and window)."""
+    """All runs of a step, and the masks that its layers share (filled on first use, one per run and window).
+
+    `paged` says the same to the Triton kernels, which read nothing else; None leaves attention to torch.
+    """
 
     runs: tuple[AttentionRun, ...]
     masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    paged: PagedBatch | None = None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -40,6 +62,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: [..., I] any float dtype; weight: [I] same dtype. Returns a new tensor like x. The cast back to x's dtype comes
     before the product with weight, as in transformers' LlamaRMSNorm.
     """
+    if x.is_cuda:
+        from kernels import rms_norm as fused_norm
+
+        return fused_norm.rms_norm(x, weight, eps)
     if x.dtype == torch.float32:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     x_fp32 = x.float()
@@ -59,12 +85,21 @@ def rope(x_THD: Tensor, cos_TD: Tensor, signed_sin_TD: Tensor) -> Tensor:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """Semantics: y = silu(x[..., :n]) * x[..., n:]. x: [T, 2n] -> [T, n], any float dtype."""
+    if gate_up.is_cuda:
+        from kernels import silu_mul as fused_silu
+
+        return fused_silu.silu_mul(gate_up)
     half = gate_up.shape[-1] // 2
     return F.silu(gate_up[..., :half]).mul_(gate_up[..., half:])
 
 
 def kv_write_(cache_SGD: Tensor, new_TGD: Tensor, slot_mapping_T: Tensor) -> None:
     """Semantics: cache[slot_mapping[t]] = new[t], in place; slots are distinct. slot_mapping: int64 [T]."""
+    if cache_SGD.is_cuda:
+        from kernels import kv_write as scatter
+
+        scatter.kv_write_(cache_SGD, new_TGD, slot_mapping_T)
+        return
     cache_SGD.index_copy_(0, slot_mapping_T, new_TGD)
 
 
@@ -80,31 +115,16 @@ def paged_attention(
     """Semantics: out[t] = softmax(scale * q[t] K^T) V over its own sequence's keys j, t - window < j <= t.
 
     q: [T, H, D]; k, v: [S, G, D] with H a multiple of G -> [T, H, D]. The plan's runs cover the T rows in order. Each
-    sequence is computed by itself on the CPU, so a row's result does not depend on what else is in the step; on CUDA
-    single-row runs are gathered into one padded batch, because there launches cost more than copies.
+    sequence is computed by itself, so a row's result does not depend on what else is in the step.
     """
-    if q_THD.is_cuda and sum(run.num_rows == 1 for run in plan.runs) > 1:
-        return _attend_gathered(q_THD, k_SGD, v_SGD, plan=plan, scale=scale, window=window)
+    if q_THD.is_cuda and plan.paged is not None:
+        from kernels import paged_attention as paged
+
+        return paged.paged_attention(q_THD, k_SGD, v_SGD, batch=plan.paged, scale=scale, window=window)
     pieces = [_attend_run(q_THD, k_SGD, v_SGD, run=run, plan=plan, scale=scale, window=window) for run in plan.runs]
     if len(pieces) == 1:
         return pieces[0]
     return torch.cat(pieces) if pieces else torch.empty_like(q_THD)
-
-
-def _attend_gathered(
-    q_THD: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float, window: int | None
-) -> Tensor:
-    """CUDA: all decode rows as one padded batch, prefill runs one by one."""
-    out = torch.empty_like(q_THD)
-    decode = [run for run in plan.runs if run.num_rows == 1]
-    rows = torch.tensor([run.row_start for run in decode], device=q_THD.device)
-    out[rows] = attend_padded(q_THD[rows], k, v, runs=decode, scale=scale, window=window)
-    for run in plan.runs:
-        if run.num_rows != 1:
-            out[run.row_start : run.row_start + run.num_rows] = _attend_run(
-                q_THD, k, v, run=run, plan=plan, scale=scale, window=window
-            )
-    return out
 
 
 def _keys_of(cache_SGD: Tensor, run: AttentionRun, first: int) -> Tensor:
@@ -163,35 +183,3 @@ def _chunk_mask(plan: AttentionPlan, run: AttentionRun, *, window: int | None, d
                 mask &= keys > query - window
         plan.masks[key] = mask
     return plan.masks[key]
-
-
-def attend_padded(
-    q_NHD: Tensor, k: Tensor, v: Tensor, *, runs: Sequence[AttentionRun], scale: float, window: int | None
-) -> Tensor:
-    """Semantics: as `paged_attention`, one row per run, by gathering every run's keys into [N, longest, G, D].
-
-    Masked slots are multiplied by 0, so the cache must hold finite numbers everywhere.
-    """
-    device = q_NHD.device
-    longest = max(run.context_len for run in runs)
-    slots = torch.zeros(len(runs), longest, dtype=torch.int64, device=device)
-    for row, run in enumerate(runs):
-        slots[row, : run.context_len] = (
-            torch.arange(run.slot_start, run.slot_start + run.context_len, device=device)
-            if run.slots is None
-            else run.slots
-        )
-    lengths = torch.tensor([run.context_len for run in runs], device=device)[:, None]
-    position = torch.arange(longest, device=device)[None, :]
-    mask = position < lengths
-    if window is not None:
-        mask &= position >= lengths - window
-    attended = F.scaled_dot_product_attention(
-        q_NHD[:, :, None],
-        k[slots].transpose(1, 2),
-        v[slots].transpose(1, 2),
-        attn_mask=mask[:, None, None],
-        scale=scale,
-        enable_gqa=q_NHD.shape[1] != k.shape[1],
-    )
-    return attended[:, :, 0]

@@ -9,7 +9,6 @@ Sources: paged cache https://arxiv.org/abs/2309.06180; online softmax https://ar
 https://arxiv.org/abs/2311.01282; grouped queries https://arxiv.org/abs/2305.13245.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,31 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.devices import multiplies_natively
+from kernels.ops import PagedBatch
 
 _MIN_DOT = 16
 # Keys read at a time, rows of a chunk tile; fp32 products of the larger tile do not fit into registers (compiled for
 # sm_90 they spill 15 kB per thread).
 _KEYS, _CHUNK_ROWS = 64, 64
 _KEYS_FP32, _CHUNK_ROWS_FP32 = 32, 16
-
-
-@dataclass(frozen=True)
-class PagedBatch:
-    """Where a step's N sequences lie. All on the device, int32; a CUDA graph holds the buffers and refills them.
-
-    block_tables: [N, most blocks], ids of a sequence's KV blocks in order. context_lens: [N], tokens up to and
-    including the step's, 0 for a sequence that pads a graph's batch. row_starts: [N + 1], first row of each sequence.
-    `has_decode`, `has_chunks`: whether some sequence may have one new row, more than one; known on the host.
-    `num_splits`: in how many parts the decode body reads the keys of one sequence.
-    """
-
-    block_tables: Tensor
-    context_lens: Tensor
-    row_starts: Tensor
-    block_size: int
-    has_decode: bool
-    has_chunks: bool
-    num_splits: int = 8
 
 
 def paged_attention(

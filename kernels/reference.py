@@ -170,7 +170,7 @@ def sample(
     if temperature == 0:
         return order[0], 1.0
     probabilities = top_k_top_p(logits_V, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
-    by_id = top_p >= 1 and not 0 < top_k < len(logits_V)
+    by_id = top_p >= 1 and not top_k
     order = list(range(len(logits_V))) if by_id else order
     borders = [0.0]
     for token in order:

@@ -144,7 +144,7 @@ def _sample(
         min_p = tl.load(min_ps + n)
         point = tl.load(points + n)
         has_top_k = (top_k > 0) & (top_k < width)
-        if has_top_k | (top_p < 1):
+        if (top_k > 0) | (top_p < 1):
             chosen = _draw_cut(row, width, best, temperature, top_k, top_p, min_p, point, has_top_k, BLOCK)
         else:
             chosen = _draw_whole(row, width, best, temperature, min_p, point, chosen, BLOCK)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from kernels.lora import MAX_RANK
 from serve_apps.engine.architecture import LINEAR_MODULES, ModelSpec
 from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.errors import CorruptAdapter, UnknownAdapter, UnsupportedAdapter
@@ -273,6 +274,8 @@ def _module(
     alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     if rank < 1:
         raise CorruptAdapter(f"{folder}: rank {rank} of {name} is not positive")
+    if rank > MAX_RANK:
+        raise UnsupportedAdapter(f"rank {rank} of {name} in {folder} is over {MAX_RANK}; {WHAT_WORKS}")
     out_size, in_size = spec.linear_shape(name.rsplit(".", 1)[1])
     for side, shape in (("A", (rank, in_size)), ("B", (out_size, rank))):
         tensor = sides.get(side)

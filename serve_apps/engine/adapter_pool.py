@@ -69,6 +69,7 @@ class AdapterPool:
         dtype: torch.dtype,
         device: torch.device,
         native: Native | None = None,
+        alignment: int = 1,
     ) -> None:
         """Reserve `budget_bytes` on the device; on the CPU the system hands out pages on first use."""
         self._host = host
@@ -80,6 +81,7 @@ class AdapterPool:
             dtype=dtype,
             device=device,
             native=native,
+            alignment=alignment,
         )
         self.lora = self._memory.lora
         self._free_rows = list(range(max_adapters - 1, -1, -1))

@@ -8,12 +8,13 @@ logit_rows           2   3   4        6        last row of each sequence whose n
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
 from kernels.lora import LoraPool, LoraStep
-from kernels.ops import AttentionPlan, AttentionRun
+from kernels.ops import AttentionPlan, AttentionRun, PagedBatch
 from kernels.segments import BASE_ROW, build_step
 from serve_apps.engine.lora_memory import LayerCopies
 from serve_apps.engine.scheduler import Scheduled
@@ -34,8 +35,13 @@ class StepBatch:
     lora_copies: tuple[LayerCopies, ...]
 
 
-def build_batch(plan: list[Scheduled], *, lora_pool: LoraPool, block_size: int, device: torch.device) -> StepBatch:
-    """Lay out `plan`, which is sorted by adapter; `lora_pool` holds the weights that its leases name."""
+def build_batch(
+    plan: list[Scheduled], *, lora_pool: LoraPool, block_size: int, device: torch.device, is_paged: bool = False
+) -> StepBatch:
+    """Lay out `plan`, which is sorted by adapter; `lora_pool` holds the weights that its leases name.
+
+    `is_paged` adds the block tables that the Triton kernels read.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     slot_mapping: list[int] = []
@@ -59,10 +65,30 @@ def build_batch(plan: list[Scheduled], *, lora_pool: LoraPool, block_size: int, 
         positions=per_token[1],
         slot_mapping=per_token[2],
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
-        attention=AttentionPlan(tuple(runs)),
+        attention=AttentionPlan(
+            tuple(runs), paged=_paged(plan, block_size=block_size, device=device) if is_paged else None
+        ),
         lora_pool=lora_pool,
         lora_copies=_copies(plan),
         lora=build_step(adapter_runs, device=device),
+    )
+
+
+def _paged(plan: list[Scheduled], *, block_size: int, device: torch.device) -> PagedBatch:
+    """Return block tables, context lengths and first rows, in one copy to the device."""
+    width = max(len(item.sequence.blocks) for item in plan)
+    tables = [[*item.sequence.blocks, *[0] * (width - len(item.sequence.blocks))] for item in plan]
+    lengths = [item.sequence.num_computed + item.num_tokens for item in plan]
+    starts = [0, *accumulate(item.num_tokens for item in plan)]
+    packed = torch.tensor([*chain(*tables), *lengths, *starts], dtype=torch.int32).to(device)
+    table_TB, context_lens, row_starts = packed.split([len(plan) * width, len(plan), len(plan) + 1])
+    return PagedBatch(
+        block_tables=table_TB.view(len(plan), width),
+        context_lens=context_lens,
+        row_starts=row_starts,
+        block_size=block_size,
+        has_decode=any(item.num_tokens == 1 for item in plan),
+        has_chunks=any(item.num_tokens > 1 for item in plan),
     )
 
 

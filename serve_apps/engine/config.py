@@ -31,7 +31,7 @@ class EngineConfig:
     step reads each of them whole; None bounds nothing. `tenant_weights` (tenant, weight) shares out service; tenants
     not named weigh 1. `dtype` "auto" is bfloat16 on CUDA and on CPUs that
     multiply it in one instruction, else float32. `native_kernels` False leaves the CPU's work to torch, as does a
-    missing compiler.
+    missing compiler. `cuda_graphs` False launches every decode step kernel by kernel.
     """
 
     base_path: str
@@ -52,6 +52,7 @@ class EngineConfig:
     tenant_weights: tuple[tuple[str, float], ...] = ()
     num_threads: int | None = None
     native_kernels: bool = True
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):

@@ -1,5 +1,6 @@
 """The engine: add requests, step, take outputs. Free of Ray; one thread at a time (`AsyncEngine` owns that thread)."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from kernels.native import load as load_native
 from serve_apps.engine.adapter import inspect_adapter, read_adapter
 from serve_apps.engine.adapter_loads import AdapterLoads
 from serve_apps.engine.adapter_pool import AdapterPool
-from serve_apps.engine.architecture import ModelSpec, read_spec
+from serve_apps.engine.architecture import LINEAR_MODULES, ModelSpec, read_spec
 from serve_apps.engine.config import AdapterRef, EngineConfig, FinishReason, Output, Request, TokenLogprob
 from serve_apps.engine.errors import EngineError, InvalidRequest, PromptTooLong
 from serve_apps.engine.grammar import Grammars, GrammarState
@@ -247,6 +248,7 @@ def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device, n
         dtype=dtype,
         device=device,
         native=native,
+        alignment=math.gcd(*(size for linear in LINEAR_MODULES for size in spec.linear_shape(linear))),
     )
 
 

@@ -4,6 +4,7 @@ On CUDA an adapter is copied on a stream of its own, layer by layer, so that a s
 uses the adapter waits for no more than the layer it has reached. Every method belongs to the thread that steps.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,8 +49,12 @@ class LoraMemory:
         dtype: torch.dtype,
         device: torch.device,
         native: Native | None = None,
+        alignment: int = 1,
     ) -> None:
-        """Reserve `budget_bytes` on the device; on the CPU the system hands out pages on first use."""
+        """Reserve `budget_bytes` on the device; on the CPU the system hands out pages on first use.
+
+        `alignment`: a number of elements that divides the sizes of all linears, and so every offset in the table.
+        """
         self._itemsize = dtype.itemsize
         self.arena = Arena(budget_bytes // dtype.itemsize, alignment=max(1, ALIGNMENT_BYTES // dtype.itemsize))
         host_table = torch.zeros(max_adapters, num_layers, len(MODULES), 3, dtype=torch.int64)
@@ -58,6 +63,7 @@ class LoraMemory:
             table=host_table.to(device),
             host_table=host_table,
             native=native,
+            alignment=math.gcd(alignment, ALIGNMENT_BYTES // dtype.itemsize),
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.num_moved_bytes = 0

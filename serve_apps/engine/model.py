@@ -21,6 +21,7 @@ from serve_apps.engine.cpu_forward import CpuForward
 
 if TYPE_CHECKING:
     from serve_apps.engine.batch import StepBatch
+    from serve_apps.engine.cuda_forward import CudaForward
     from serve_apps.engine.kv_cache import KvCache
 
 # Per group of linears: where they stand in `kernels.lora.MODULES`, and the bounds of their outputs.
@@ -84,11 +85,22 @@ class Model:
         self._cos = torch.cat((cos, cos), -1).to(device, dtype)
         self._signed_sin = torch.cat((-sin, sin), -1).to(device, dtype)
         self._cpu_forward = None if native is None else CpuForward(spec, weights, self._lora_groups, native, cos, sin)
+        self.cuda_forward: CudaForward | None = None
+        if device.type == "cuda":
+            self.cuda_forward = self.build_cuda_forward()
+
+    def build_cuda_forward(self) -> "CudaForward":
+        """Return the forward over the Triton kernels, which are loaded now."""
+        from serve_apps.engine.cuda_forward import CudaForward
+
+        return CudaForward(self.spec, self.weights, self._lora_groups, self._cos, self._signed_sin)
 
     def forward(self, batch: "StepBatch", kv: "KvCache") -> Tensor:
         """Return fp32 logits [rows asked for, vocabulary]; writes the step's keys and values into `kv`."""
         if self._cpu_forward is not None:
             return self._cpu_forward(batch, kv)
+        if self.cuda_forward is not None:
+            return self.cuda_forward(batch, kv)
         eps = self.spec.rms_norm_eps
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         x = F.embedding(batch.token_ids, self.weights.embedding)

@@ -11,6 +11,7 @@ from serve_apps.engine.batch import build_batch
 from serve_apps.engine.config import EngineConfig
 from serve_apps.engine.cpu_forward import can_run
 from serve_apps.engine.errors import InvalidRequest
+from serve_apps.engine.graphs import Capture, CudaCapture, DecodeGraphs
 from serve_apps.engine.kv_cache import KvCache, block_bytes
 from serve_apps.engine.model import Model
 from serve_apps.engine.sampler import sample
@@ -52,6 +53,21 @@ class Runner:
         self.kv = KvCache(
             spec, num_blocks=self.num_blocks, block_size=config.kv_block_size, dtype=self.dtype, device=self.device
         )
+        self.graphs: DecodeGraphs | None = None
+        if device.type == "cuda" and config.cuda_graphs:
+            self.graphs = self.build_graphs(CudaCapture(device), max_batch=config.max_num_seqs)
+
+    def build_graphs(self, capture: Capture, *, max_batch: int) -> DecodeGraphs:
+        """Return graphs of the decode step; each is captured when its batch size first occurs."""
+        return DecodeGraphs(
+            lambda batch: self.model.forward(batch, self.kv),
+            capture,
+            lora_pool=self._lora_pool,
+            max_batch=max_batch,
+            max_blocks=-(-self.max_model_len // self._block_size),
+            block_size=self._block_size,
+            device=self.device,
+        )
 
     def run(self, plan: list[Scheduled]) -> list[StepResult]:
         """Run one step; per item the chosen token, None where prefill goes on, or the exception that concerns it.
@@ -69,8 +85,16 @@ class Runner:
     def _run_together(self, plan: list[Scheduled]) -> list[StepResult]:
         choosing = [item.sequence for item in plan if item.gives_token]
         with torch.inference_mode():
-            batch = build_batch(plan, lora_pool=self._lora_pool, block_size=self._block_size, device=self.device)
-            logits = self.model.forward(batch, self.kv)
+            batch = build_batch(
+                plan,
+                lora_pool=self._lora_pool,
+                block_size=self._block_size,
+                device=self.device,
+                is_paged=self.model.cuda_forward is not None,
+            )
+            logits = None if self.graphs is None else self.graphs.run(batch)
+            if logits is None:
+                logits = self.model.forward(batch, self.kv)
             choices: list[Choice | Exception] = sample(logits, choosing) if choosing else []
         chosen = iter(choices)
         return [next(chosen) if item.gives_token else None for item in plan]

@@ -65,7 +65,11 @@ def draw(logits_MV: Tensor, params: Rows[SamplingParams], points: Rows[float]) -
     """Draw one token per row: int64 [m]. Each row's point in [0, 1) picks it by the inverse cumulative distribution.
 
     Rows with `top_k` or `top_p` lie in order of likelihood (equal logits: the lower id first), others in order of id.
+    On CUDA one launch draws for all rows; its sums are fp32 within blocks, so a point within 1e-6 of the border between
+    two tokens may fall on the other side of it.
     """
+    if logits_MV.is_cuda:
+        return draw_fused(logits_MV, params, points)
     device = logits_MV.device
     cut = [row for row, each in enumerate(params) if each.top_k or each.top_p < 1]
     whole = [row for row, each in enumerate(params) if not (each.top_k or each.top_p < 1)]
@@ -77,6 +81,21 @@ def draw(logits_MV: Tensor, params: Rows[SamplingParams], points: Rows[float]) -
             knobs = _Knobs([params[row] for row in rows], [points[row] for row in rows], device)
             token_ids[index] = choose(mine, knobs)
     return token_ids
+
+
+def draw_fused(logits_MV: Tensor, params: Rows[SamplingParams], points: Rows[float]) -> Tensor:
+    """As `draw`, by the Triton kernel."""
+    from kernels.sampling import sample as sample_fused
+
+    knobs = _Knobs(params, points, logits_MV.device)
+    return sample_fused(
+        logits_MV,
+        temperature=knobs.temperature[:, 0],
+        top_k=knobs.top_k[:, 0].int(),
+        top_p=knobs.top_p[:, 0],
+        min_p=knobs.min_p[:, 0],
+        points=knobs.points[:, 0],
+    )
 
 
 class _Knobs:

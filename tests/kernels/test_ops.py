@@ -72,16 +72,6 @@ def test_paged_attention(heads: int, kv_heads: int, window: int | None, dtype: t
     close(actual, expected, dtype)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_padded_decode_equals_the_oracle(window: int | None) -> None:
-    """The body that CUDA takes for decode rows, here on the CPU."""
-    keys, values = random(40, 2, 8, seed=1), random(40, 2, 8, seed=2)
-    runs = (AttentionRun(0, 1, 7, 20), AttentionRun(1, 1, 5, 39, torch.tensor([39, 3, 17, 5, 21])))
-    q = random(2, 4, 8)
-    actual = ops.attend_padded(q, keys, values, runs=runs, scale=0.3, window=window)
-    close(actual, reference.paged_attention(q, keys, values, runs=runs, scale=0.3, window=window), torch.float32)
-
-
 def test_attention_of_no_rows() -> None:
     cache = random(4, 1, 8)
     assert ops.paged_attention(random(0, 2, 8), cache, cache, plan=AttentionPlan(()), scale=1.0).shape == (0, 2, 8)

@@ -123,6 +123,12 @@ def test_rank_zero_is_corrupt(copy: Path, spec: ModelSpec) -> None:
         read(ref(copy), spec)
 
 
+def test_a_rank_beyond_the_kernels_is_unsupported(copy: Path, spec: ModelSpec) -> None:
+    set_config(copy, rank_pattern={"q_proj": 513})
+    with pytest.raises(UnsupportedAdapter, match=r"rank 513 .* is over 512"):
+        read(ref(copy), spec)
+
+
 @pytest.mark.parametrize("config", ["not json", "[]", ""])
 def test_a_config_that_is_no_object_is_corrupt(config: str, copy: Path, spec: ModelSpec) -> None:
     (copy / CONFIG_FILE).write_text(config)

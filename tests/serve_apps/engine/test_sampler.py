@@ -84,6 +84,18 @@ def test_a_mixed_batch_draws_what_the_oracle_draws(knobs: list[SamplingParams], 
         assert draw(logits[row : row + 1], [params], points[row : row + 1]).tolist() == [token_ids[row]]
 
 
+def test_the_fused_draw_is_the_same_draw() -> None:
+    """What CUDA calls, here in the interpreter, over the same parameters and points."""
+    rows = [
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        for temperature in (0.5, 1.5)
+        for top_k, top_p, min_p in ((0, 1.0, 0.0), (0, 1.0, 0.1), (7, 1.0, 0.0), (0, 0.7, 0.0), (300, 0.9, 0.05))
+    ]
+    logits = torch.randn(len(rows), 200, generator=torch.Generator().manual_seed(3)).mul(2)
+    points = [uniform(row, 0) for row in range(len(rows))]
+    assert sampler.draw_fused(logits, rows, points).tolist() == draw(logits, rows, points).tolist()
+
+
 def test_a_cut_beyond_the_candidates_is_made_over_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties at the border among others: which of them are kept depends on all of them."""
     monkeypatch.setattr(sampler, "NUM_CANDIDATES", (2, 4))
