@@ -142,8 +142,8 @@ def top_k_top_p(
     for token, weight in zip(kept, weights, strict=True):
         if weight >= min_p:
             nucleus.append((token, weight))
-        running += weight / total
-        if top_p < 1 and running >= top_p:
+        running += weight
+        if top_p < 1 and running >= top_p * total:
             break
     kept_total = sum(weight for _, weight in nucleus)
     probabilities = [0.0] * len(order)

@@ -37,14 +37,19 @@ def probabilities(logits: Any, params: SamplingParams) -> list[float]:
 
 
 def plain_draw(logits: Rows[float], params: SamplingParams, point: float) -> int | None:
-    """The oracle's token; None where the point, or the cut by `top_p`, lies on a border."""
+    """The oracle's token; None where the point, or a cut, lies on a border that rounding may shift."""
     order = list(range(len(logits)))
     if params.top_k or params.top_p < 1:
         order.sort(key=lambda token: (-float(logits[token]), token))
     chosen = set()
-    for cut_shift in (-CLOSE, 0, CLOSE) if params.top_p < 1 else (0,):
-        shares = probabilities(logits, replace(params, top_p=params.top_p + cut_shift))
-        chosen |= {reference.pick(shares, order, min(max(point + shift, 0.0), 1.0)) for shift in (-CLOSE, 0, CLOSE)}
+    for shift in (-CLOSE, 0, CLOSE):
+        cuts = replace(
+            params,
+            top_p=params.top_p if params.top_p == 1 else params.top_p * (1 + shift),
+            min_p=min(1.0, params.min_p * (1 + shift)),
+        )
+        shares = probabilities(logits, cuts)
+        chosen |= {reference.pick(shares, order, min(max(point + near, 0.0), 1.0)) for near in (-CLOSE, 0, CLOSE)}
     return chosen.pop() if len(chosen) == 1 else None
 
 
@@ -72,7 +77,7 @@ KNOBS = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(knobs=st.lists(KNOBS, min_size=1, max_size=6), seed=st.integers(0, 999), flat=st.booleans())
 def test_a_mixed_batch_draws_what_the_oracle_draws(knobs: list[SamplingParams], seed: int, flat: bool) -> None:
-    """300 tokens, more than there are candidates; flat and tied logits, so that cuts fall among the others too."""
+    """300 tokens, more than the first candidates; flat and tied logits, so that cuts fall among the others too."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(knobs), 300, generator=generator) * (0.01 if flat else 3)
     logits = (logits * 8).round() / 8 if seed % 2 else logits
