@@ -1,6 +1,6 @@
 """The engine against transformers on whatever device is here: the same numbers, and how many tokens per second.
 
-    python -m benchmarks.gpu_check [--quick] [--check] [--out FILE] [--device cuda|cpu]
+    python -m benchmarks.gpu_check [--quick] [--check] [--out FILE] [--device cuda|cpu] [--only PART]
 
 Needs torch, transformers, safetensors and numpy, and no network: the models are random and made on the spot. Parity is
 judged in fp32 for each architecture, with four adapters and the base in one batch, against transformers with the
@@ -11,11 +11,12 @@ in this run. The last line is one JSON object; `--check` exits 1 when a figure i
 import argparse
 import json
 import platform
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from benchmarks.cuda.report import Figure
+from configs import env
 from serve_apps.engine.config import AdapterRef, EngineConfig, Output, Request, SamplingParams
 from serve_apps.engine.engine import Engine
 
+# Programs of their own, each in its own process; without a GPU at toy shapes, against oracles only.
+PROGRAMS = ("cuda.kernel_checks", "lora_kernels", "decode_floor", "many_adapters", "cold_load")
 VOCABULARY_SIZE = 1024
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY_SIZE,
@@ -60,24 +65,6 @@ MAX_LOGPROB_DIFFERENCE = 1e-4
 ALPHA = 16
 MODULES = {"q_proj": "self_attn", "v_proj": "self_attn", "down_proj": "mlp"}
 RANKS = (4, 8, 16, 3)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured value. `floor` None: shown, not judged; `is_ceiling`: the value must not exceed it."""
-
-    name: str
-    value: float
-    unit: str
-    floor: float | None = None
-    is_ceiling: bool = False
-
-    @property
-    def is_good(self) -> bool:
-        """Whether the figure keeps its bound."""
-        if self.floor is None:
-            return True
-        return self.value <= self.floor if self.is_ceiling else self.value >= self.floor
 
 
 def save_model(config: PreTrainedConfig, path: Path, *, dtype: torch.dtype) -> Any:
@@ -228,6 +215,18 @@ def check_speed(device: str, folder: Path, *, is_quick: bool) -> Iterator[Figure
             yield Figure(f"engine {law} / transformers base, batch {batch}", theirs / ours, "ratio", floor)
 
 
+def run_programs(folder: Path, *, is_quick: bool) -> Iterator[Figure]:
+    """Run the kernels' checks and the other programs that need a GPU; their figures, each with its program's name."""
+    for name in PROGRAMS:
+        out = folder / f"{name}.json"
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *(["--quick"] if is_quick else [])]
+        done = subprocess.run(command, env=env.child_environment({}), stdout=subprocess.PIPE, text=True, check=False)
+        yield Figure(f"{name}: exit status", done.returncode, "", 0, is_ceiling=True)
+        for entry in json.loads(out.read_text())["figures"] if out.exists() else ():
+            figure = Figure(**entry)
+            yield replace(figure, name=f"{name}: {figure.name}")
+
+
 def best_of_two(measure: Any) -> float:
     """Return the smaller of two timings in seconds, after one that warms up."""
     measure()
@@ -283,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure is under its floor")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=("parity", "speed", "programs"), help="one part instead of all three")
     options = parser.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
     peer = f"transformers {transformers.__version__}, torch {torch.__version__}"
@@ -290,13 +290,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        parts = (check_parity(options.device, folder), check_speed(options.device, folder, is_quick=options.quick))
-        for figure in chain(*parts):
+        parts = {
+            "parity": check_parity(options.device, folder),
+            "speed": check_speed(options.device, folder, is_quick=options.quick),
+            "programs": run_programs(folder, is_quick=options.quick),
+        }
+        for figure in chain(*(part for name, part in parts.items() if options.only in (None, name))):
             figures.append(figure)
-            bound = (
-                "" if figure.floor is None else f"  ({'at most' if figure.is_ceiling else 'at least'} {figure.floor:g})"
-            )
-            print(f"{figure.name:52} {figure.value:12.6g} {figure.unit}{bound}{'' if figure.is_good else '  MISSED'}")
+            print(figure.line, flush=True)
     report = {"hardware": hardware(options.device), "peer": peer, "figures": [asdict(figure) for figure in figures]}
     line = json.dumps(report)
     if options.out:
