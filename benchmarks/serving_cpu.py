@@ -4,10 +4,11 @@
 
 32 greedy requests of 64 tokens in and 64 out. Compared: our engine with no adapter, with one adapter for all requests
 (rank 16) and with 32 distinct adapters (ranks 8, 16, 24, 32 in turn; all seven linears; adapters in fp32);
-transformers' `generate` with no adapter; PEFT's `generate(adapter_names=...)` with the same 32 adapter files. Variants
-take turns, each figure is the median of its turns. The floor is the time that the run's FLOPs take at the rate of the
-fastest large product measured here, or its bytes at the rate of a copy, whichever is longer, base and adapters added.
---quick gives PEFT (and us beside it) 16 tokens out and one turn. Peers are the ones in this environment.
+transformers' `generate` with no adapter; PEFT's `generate(adapter_names=...)` with the same 32 adapter files, ours
+once more right after it. Variants and the machine's limits take turns, each figure is the median of its turns. The
+floor is the time that the run's FLOPs take at the rate of the faster large product (torch's or ours), or its bytes at
+the rate of a copy, whichever is longer, base and adapters added.
+--quick takes 3 turns instead of 5, PEFT 1 instead of 3. Peers are the ones in this environment.
 The last line is one JSON object; --check exits 1 when a figure is under its floor.
 """
 
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -63,30 +65,28 @@ class Rates:
     copy: float
 
 
-def best_s(work: Callable[[], object], num_runs: int = 5) -> float:
-    """Return the shortest of some runs after a warm-up."""
-    work()
-    times = []
-    for _ in range(num_runs):
-        began = time.perf_counter()
+def elapsed_s(work: Callable[[], object], times: int = 1) -> float:
+    """Return the seconds that one call takes, on the average over some."""
+    began = time.perf_counter()
+    for _ in range(times):
         work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return (time.perf_counter() - began) / times
 
 
-def measure_rates(dtype: str, native: Native | None, *, size: int) -> Rates:
-    """Time a square product by torch and by our packed kernel (the faster counts), and a copy of 128 size^2 bytes."""
-    flops = {}
+def limits(dtype: str, native: Native | None, *, size: int) -> tuple[dict[str, Callable[[], float]], float, float]:
+    """Return what times the machine's own limits, the FLOPs of each product and the bytes of the copy.
+
+    A square product by torch and by our packed kernel in the dtype and in fp32, and a copy of 128 size^2 bytes.
+    """
+    source = torch.ones(16 * size * size)
+    target = torch.empty_like(source)
+    variants: dict[str, Callable[[], float]] = {"copy": lambda: elapsed_s(lambda: target.copy_(source), 3)}
     for name in {dtype, "float32"}:
         x = torch.randn(size, size).to(getattr(torch, name))
-        seconds = [best_s(lambda x=x: torch.mm(x, x))]  # type: ignore[misc]
+        variants[f"torch product {name}"] = partial(elapsed_s, partial(torch.mm, x, x), 2)
         if native is not None:
-            packed = pack(x, native)
-            seconds.append(best_s(lambda x=x, packed=packed: linear(x, packed)))  # type: ignore[misc]
-        flops[name] = 2 * size**3 / min(seconds)
-    source = torch.ones(32 * size * size)
-    target = torch.empty_like(source)
-    return Rates(flops, 2 * source.nbytes / best_s(lambda: target.copy_(source)))
+            variants[f"our product {name}"] = partial(elapsed_s, partial(linear, x, pack(x, native)), 2)
+    return variants, 2.0 * size**3, 2.0 * source.nbytes
 
 
 def floor_s(spec: ModelSpec, load: Load, rates: Rates, *, dtype: str, ranks: Sequence[int]) -> float:
@@ -145,7 +145,7 @@ def medians(variants: dict[str, Callable[[], float]], num_turns: int) -> dict[st
 
 
 def measure(
-    name: str, dtype: str, folder: Path, *, load: Load, peft_out: int, num_turns: int, peft_turns: int, size: int
+    name: str, dtype: str, folder: Path, *, load: Load, num_turns: int, peft_turns: int, size: int
 ) -> Iterator[Figure]:
     """Yield the figures of one model in one dtype."""
     base_path = folder / name
@@ -156,17 +156,19 @@ def measure(
     adapters = [_adapter(base, folder / f"{name}-a{index}", rank, index) for index, rank in enumerate(ranks)]
     shared = _adapter(base, folder / f"{name}-shared", SHARED_RANK, 999)
     engine = _engine(base_path, dtype, load)
+    timed_limits, product_flops, copy_bytes = limits(dtype, engine.pool.lora.native, size=size)
     seconds = medians(
         {
             "base": lambda: serve_s(engine, load, []),
             "transformers": lambda: generate_s(base, load),
             "one adapter": lambda: serve_s(engine, load, [shared]),
             "distinct": lambda: serve_s(engine, load, adapters),
+            **timed_limits,
         },
         num_turns,
     )
     label = f"{name} {dtype}"
-    rate = {variant: load.tokens / value for variant, value in seconds.items()}
+    rate = {variant: load.tokens / seconds[variant] for variant in ("base", "transformers", "one adapter", "distinct")}
     for variant, value in rate.items():
         yield Figure(f"{label}: {variant}", value, "tok/s")
     yield Figure(
@@ -174,19 +176,21 @@ def measure(
     )
     yield Figure(f"{label}: one shared adapter / base", rate["one adapter"] / rate["base"], "x", MIN_SHARED)
     yield Figure(f"{label}: {load.batch} distinct / base", rate["distinct"] / rate["base"], "x", MIN_DISTINCT)
-    rates = measure_rates(dtype, engine.pool.lora.native, size=size)
+    products = {kind: [value for key, value in seconds.items() if f"product {kind}" in key] for kind in DTYPES}
+    flops = {kind: product_flops / min(values) for kind, values in products.items() if values}
+    rates = Rates(flops, copy_bytes / seconds["copy"])
     yield Figure(f"{label}: large product", rates.flops[dtype] / 1e9, "GFLOP/s")
     yield Figure(f"{label}: copy", rates.copy / 1e9, "GB/s")
     for variant, used in (("base", []), ("one adapter", [SHARED_RANK]), ("distinct", ranks)):
         least = floor_s(engine.spec, load, rates, dtype=dtype, ranks=used)
         yield Figure(f"{label}: {variant}, of its floor", least / seconds[variant], "x", MIN_OF_FLOOR)
-    beside = replace(load, num_out=peft_out)
     mixed = load_peft(base_path, adapters, getattr(torch, dtype))
     names = [Path(adapter.path).name for adapter in adapters]
-    pair = {"ours": lambda: serve_s(engine, beside, adapters), "peft": lambda: generate_s(mixed, beside, names)}
-    pair_s = medians(pair, peft_turns)
-    yield Figure(f"{label}: PEFT mixed batch, {peft_out} out", beside.tokens / pair_s["peft"], "tok/s")
-    yield Figure(f"{label}: distinct / PEFT mixed batch", pair_s["peft"] / pair_s["ours"], "x", MIN_OVER_PEFT)
+    generate_s(mixed, replace(load, num_out=2), names)
+    peft_s = statistics.median(generate_s(mixed, load, names) for _ in range(peft_turns))
+    ours_s = statistics.median(serve_s(engine, load, adapters) for _ in range(peft_turns))
+    yield Figure(f"{label}: PEFT mixed batch", load.tokens / peft_s, "tok/s")
+    yield Figure(f"{label}: distinct / PEFT mixed batch", peft_s / ours_s, "x", MIN_OVER_PEFT)
 
 
 def _adapter(base: torch.nn.Module, folder: Path, rank: int, seed: int) -> AdapterRef:
@@ -211,7 +215,7 @@ def _engine(base_path: Path, dtype: str, load: Load) -> Engine:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="3 turns instead of 5; PEFT once, 16 tokens out")
+    parser.add_argument("--quick", action="store_true", help="3 turns instead of 5, PEFT 1 instead of 3")
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure is under its floor")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--model", action="append", choices=(*MODELS, "toy"), help="only this model (repeatable)")
@@ -232,10 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.model or MODELS:
-            sizes = {"load": Load(), "peft_out": 16 if options.quick else 64, "size": 2048}
+            sizes = {"load": Load(), "size": 2048}
             if name == "toy":
-                sizes = {"load": Load(batch=4, num_in=8, num_out=6), "peft_out": 4, "size": 64}
-            turns = {"num_turns": 3 if options.quick else 5, "peft_turns": 1 if options.quick else 2}
+                sizes = {"load": Load(batch=4, num_in=8, num_out=6), "size": 64}
+            turns = {"num_turns": 3 if options.quick else 5, "peft_turns": 1 if options.quick else 3}
             for dtype in options.dtype or DTYPES:
                 for figure in measure(name, dtype, options.work or Path(scratch), **sizes, **turns):
                     figures.append(figure)
