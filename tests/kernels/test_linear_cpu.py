@@ -27,11 +27,13 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("rows", "in_size", "out_size"), SHAPES)
-def test_linear(rows: int, in_size: int, out_size: int, with_bias: bool, dtype: torch.dtype, native: Native) -> None:
+def test_linear(
+    rows: int, in_size: int, out_size: int, with_bias: bool, dtype: torch.dtype, any_native: Native
+) -> None:
     x, weight = random(rows, in_size, dtype=dtype), random(out_size, in_size, dtype=dtype, seed=1) / in_size**0.5
     bias = random(out_size, dtype=dtype, seed=2) if with_bias else None
     expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
-    packed = pack(weight, native)
+    packed = pack(weight, any_native)
     close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     torch.testing.assert_close(linear(x, packed, bias).double(), expected, **close)
     in_fp32 = linear(x, packed, bias, out_dtype=torch.float32)
@@ -44,9 +46,9 @@ def test_linear(rows: int, in_size: int, out_size: int, with_bias: bool, dtype: 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_a_row_has_the_same_bits_in_every_batch_and_on_every_number_of_threads(
-    dtype: torch.dtype, native: Native
+    dtype: torch.dtype, any_native: Native
 ) -> None:
-    x, packed = random(205, 2100, dtype=dtype), pack(random(70, 2100, dtype=dtype, seed=1), native)
+    x, packed = random(205, 2100, dtype=dtype), pack(random(70, 2100, dtype=dtype, seed=1), any_native)
     torch.set_num_threads(1)
     alone = torch.cat([linear(x[row : row + 1], packed) for row in range(len(x))])
     for num_threads in (1, 2):
@@ -56,10 +58,10 @@ def test_a_row_has_the_same_bits_in_every_batch_and_on_every_number_of_threads(
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_packed_rows_are_the_weight(dtype: torch.dtype, native: Native) -> None:
+def test_packed_rows_are_the_weight(dtype: torch.dtype, any_native: Native) -> None:
     weight = random(71, 10, dtype=dtype)
     indices = torch.tensor([70, 0, 31, 32, 63, 64, 0])
-    assert torch.equal(pack(weight, native).rows(indices), weight[indices])
+    assert torch.equal(pack(weight, any_native).rows(indices), weight[indices])
 
 
 def test_what_can_be_packed() -> None:

@@ -22,25 +22,25 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 17), (5, 64), (2, 576)])
-def test_add_rms_norm(shape: tuple[int, int], dtype: torch.dtype, native: Native) -> None:
+def test_add_rms_norm(shape: tuple[int, int], dtype: torch.dtype, any_native: Native) -> None:
     x, delta, weight = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1), random(shape[1], dtype=dtype)
-    close(ops_cpu.add_rms_norm(x, weight, 1e-5, native=native), reference.rms_norm(x, weight, 1e-5), dtype)
+    close(ops_cpu.add_rms_norm(x, weight, 1e-5, native=any_native), reference.rms_norm(x, weight, 1e-5), dtype)
     total = x + delta
-    normed = ops_cpu.add_rms_norm(x, weight, 1e-5, native=native, delta=delta)
+    normed = ops_cpu.add_rms_norm(x, weight, 1e-5, native=any_native, delta=delta)
     assert torch.equal(x, total)
     close(normed, reference.rms_norm(total, weight, 1e-5), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 6), (1, 2), (7, 22), (3, 128)])
-def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype, native: Native) -> None:
+def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype, any_native: Native) -> None:
     x = random(*shape, dtype=dtype) * 3
-    close(ops_cpu.silu_mul(x, native=native), reference.silu_mul(x), dtype)
+    close(ops_cpu.silu_mul(x, native=any_native), reference.silu_mul(x), dtype)
 
 
-def test_silu_of_extremes(native: Native) -> None:
+def test_silu_of_extremes(any_native: Native) -> None:
     gate = torch.tensor([-1e4, -200.0, -90.0, 0.0, 90.0, 200.0, 1e4, float("nan")])
-    actual = ops_cpu.silu_mul(torch.cat((gate, torch.ones(8))).repeat(1, 1).view(1, 16), native=native)[0]
+    actual = ops_cpu.silu_mul(torch.cat((gate, torch.ones(8))).repeat(1, 1).view(1, 16), native=any_native)[0]
     torch.testing.assert_close(actual, torch.nn.functional.silu(gate), equal_nan=True)
 
 
@@ -48,7 +48,7 @@ def test_silu_of_extremes(native: Native) -> None:
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_dim"), [(0, 2, 1, 16), (1, 1, 1, 48), (5, 6, 2, 64)])
 def test_rope_kv(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, with_norm: bool, dtype: torch.dtype, native: Native
+    tokens: int, heads: int, kv_heads: int, head_dim: int, with_norm: bool, dtype: torch.dtype, any_native: Native
 ) -> None:
     qkv = random(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     keys, values = (
@@ -70,7 +70,7 @@ def test_rope_kv(
         qkv,
         keys,
         values,
-        native=native,
+        native=any_native,
         heads=Heads(heads, kv_heads, head_dim),
         cos_PD=angles.cos(),
         sin_PD=angles.sin(),
@@ -98,14 +98,14 @@ RUNS = (
 @pytest.mark.parametrize("window", [None, 3, 100])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (11, 1, 32), (2, 1, 112)])
 def test_attention(
-    heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype, native: Native
+    heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype, any_native: Native
 ) -> None:
     """Whole prefill, a later chunk, decode from neighbouring and from scattered slots; sharing beyond one pass."""
     keys, values = (random(40, kv_heads, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
     qkv = random(13, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     q = qkv.view(13, -1, head_dim)[:, :heads]
     expected = reference.paged_attention(q, keys, values, runs=RUNS, scale=0.1, window=window)
-    call = {"native": native, "heads": Heads(heads, kv_heads, head_dim), "scale": 0.1, "window": window}
+    call = {"native": any_native, "heads": Heads(heads, kv_heads, head_dim), "scale": 0.1, "window": window}
     actual = ops_cpu.attention(qkv, keys, values, runs=run_table(RUNS), **call)
     close(actual.view(13, heads, head_dim), expected, dtype)
     last = AttentionRun(0, 1, 9, 10)
@@ -113,8 +113,8 @@ def test_attention(
     assert torch.equal(alone[0], actual[7])
 
 
-def test_attention_of_no_rows(native: Native) -> None:
+def test_attention_of_no_rows(any_native: Native) -> None:
     cache = random(4, 1, 16)
     heads = Heads(2, 1, 16)
-    out = ops_cpu.attention(random(0, 64), cache, cache, native=native, heads=heads, runs=run_table([]), scale=1.0)
+    out = ops_cpu.attention(random(0, 64), cache, cache, native=any_native, heads=heads, runs=run_table([]), scale=1.0)
     assert out.shape == (0, 32)
