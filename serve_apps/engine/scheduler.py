@@ -122,9 +122,12 @@ class Scheduler:
             shares[sequence.arrival] = min(sequence.num_pending, budget)
             budget -= shares[sequence.arrival]
         plan: list[Scheduled] = []
+        num_preemptions = self.num_preemptions
         for sequence in list(self.running):
             share = shares[sequence.arrival]
-            if sequence in self.running and share and self._reserve(sequence, share):
+            if num_preemptions != self.num_preemptions and sequence not in self.running:
+                continue
+            if share and self._reserve(sequence, share):
                 plan.append(Scheduled(sequence, share))
         return plan
 
@@ -154,10 +157,7 @@ class Scheduler:
         is_closed = False
         self._loads.begin_round(self.running)
         for sequence in self.waiting.in_order(self._num_steps):
-            # All its tokens and one more must fit, or it would preempt itself at once.
-            is_room = self._num_blocks(len(sequence.token_ids) + 1) <= self._num_unreserved_blocks()
-            is_closed |= budget < 1 or len(self.running) >= self._limits.max_num_seqs
-            is_closed |= bool(self.running) and not is_room
+            is_closed = is_closed or budget < 1 or not self._has_room(sequence)
             if is_closed:
                 if not self._loads.read_ahead(sequence):
                     break
@@ -212,10 +212,17 @@ class Scheduler:
     def _extend_keys(self, sequence: Sequence, num_tokens: int) -> None:
         extend_keys(sequence.block_keys, sequence.token_ids, block_size=self._limits.block_size, num_tokens=num_tokens)
 
-    def _num_unreserved_blocks(self) -> int:
-        """Blocks to be had, less those that running prefills still have to take for tokens they already know."""
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether there is a seat, and blocks beyond those that running prefills still have to take.
+
+        All its tokens and one more must fit, or it would preempt itself at once; alone it may always try.
+        """
+        if not self.running:
+            return True
+        if len(self.running) >= self._limits.max_num_seqs:
+            return False
         owed = sum(max(0, self._num_blocks(len(seq.token_ids)) - len(seq.blocks)) for seq in self.running)
-        return self._allocator.num_available - owed
+        return self._num_blocks(len(sequence.token_ids) + 1) <= self._allocator.num_available - owed
 
     def _give_back(self, sequence: Sequence) -> None:
         self._allocator.free(sequence.blocks)
