@@ -101,6 +101,8 @@ class AsyncEngine:
             self._is_closing.set()
             self._commands.put(lambda: None)
         self._thread.join()
+        # What slipped in behind the thread's last look must not leave its caller waiting.
+        self._take_commands(block=False)
 
     async def _call(self, function: Callable[[], Result]) -> Result:
         """Run `function` on the engine's thread between two steps; return what it returns or raise what it raises."""
@@ -166,6 +168,9 @@ class AsyncEngine:
             self._drop(output.request_id, listener)
 
     def _add(self, request: Request, listener: _Listener) -> None:
+        if self._is_closing.is_set():
+            listener.put(EngineClosed("the engine was closed before the request began"))
+            return
         if request.request_id in self._listeners:
             listener.put(
                 InvalidRequest(f"request_id={request.request_id!r} is in use by an unfinished request; choose another")

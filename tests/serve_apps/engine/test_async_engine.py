@@ -145,3 +145,27 @@ def test_close_ends_streams_and_refuses_new_ones(engine: AsyncEngine) -> None:
             await collect(engine.generate(request("s", [5])))
 
     asyncio.run(main())
+
+
+def test_what_slips_in_while_the_engine_closes_is_answered(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Submitted behind the thread's last look: a request and an unload, neither of which may wait for ever."""
+
+    def slip_in(command: Callable[[], None]) -> None:
+        engine._commands.put(command)
+
+    async def main() -> None:
+        engine._is_closing.set()
+        engine._commands.put(lambda: None)
+        engine._thread.join()
+        monkeypatch.setattr(engine, "_submit", slip_in)
+        late = asyncio.create_task(collect(engine.generate(request("late", [5]))))
+        unload = asyncio.create_task(engine.unload("sha256:unknown"))
+        await until(lambda: engine._commands.qsize() == 2)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(EngineClosed):
+            await late
+        assert await unload is False
+
+    asyncio.run(main())
