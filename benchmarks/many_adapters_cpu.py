@@ -7,6 +7,7 @@ SmolLM2-135M's shape with random weights, rank 8 on q and v (1.8 MB each, 3.7 GB
 stretch of the same traffic left in them. Popularity is Zipf 1.0 unless --law says otherwise.
 """
 
+import os
 import statistics
 import sys
 import tempfile
@@ -127,6 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder, config = Path(name), smollm2_135m(vocab_size=VOCABULARY_SIZE)
         save_model(config, folder / "base", dtype=torch.float32)
         refs = write_adapters(folder / "adapters", config, NUM_ADAPTERS, ranks=(RANK,), modules=MODULES)
+        os.sync()  # else 3.7 GB are written back while the runs are timed
         warm = draw(options.law, NUM_ADAPTERS, 2 * NUM_RESIDENT if options.quick else 6 * NUM_RESIDENT, seed=1)
         adapter_bytes = bytes_of(folder / "base", refs[0])
         tiers = build_engine(folder / "base", device_bytes=NUM_RESIDENT * adapter_bytes, host_bytes=HOST_BYTES)
