@@ -209,6 +209,8 @@ def _engine(base_path: Path, dtype: str, load: Load) -> Engine:
             adapter_cache_bytes=2 << 30,
             adapter_host_bytes=2 << 30,
             num_threads=torch.get_num_threads(),
+            # Every turn serves the same prompts; the peers compute them each time, and so must we.
+            enable_prefix_cache=False,
         )
     )
 
