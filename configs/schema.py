@@ -6,7 +6,7 @@ is a `UserError` that says where, what and how to put it right.
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -71,7 +71,8 @@ class TrainSettings(Section):
     dtype: Literal["bfloat16", "float32"] = "float32"
     num_workers: int = Field(2, ge=1, description="Ray Train workers")
     zero_stage: Literal[1, 2, 3] = 2
-    use_gpu: bool = Field(False, description="one GPU per worker; else CPU workers over gloo")
+    use_gpu: bool = Field(False, description="a GPU for each worker; else CPU workers over gloo")
+    gpu_share: float = Field(1.0, gt=0, le=1, description="of a GPU per worker; under 1 leaves room for a replica")
     num_checkpoints: int = Field(3, ge=1, description="checkpoints kept for attribution, evenly spaced")
     max_failures: int = Field(2, ge=0, description="worker failures survived before the run fails (Ray's default is 0)")
     gradient_projection_dim: int = Field(16, ge=1, description="projected length of each module's long side")
@@ -100,10 +101,19 @@ class ServeSettings(Section):
     port: int = Field(8700, ge=1, le=65535)
     base: str = "smollm2"
     dtype: Literal["bfloat16", "float32"] = "float32"
+    num_gpus: float = Field(0, ge=0, le=1, description="of a GPU per replica; 0 serves on the CPU")
     max_num_seqs: int = Field(16, ge=1)
     max_model_len: int = Field(1024, ge=16)
     kv_block_size: int = Field(16, ge=1)
-    adapter_cache_mib: int = Field(512, ge=1)
+    adapter_cache_mib: int = Field(512, ge=1, description="adapters on the device")
+    adapter_host_mib: int = Field(1024, ge=1, description="adapters kept in host memory behind them")
+    max_step_adapter_mib: int | None = Field(
+        None, ge=1, description="distinct adapters of one step; null bounds nothing"
+    )
+    enable_prefix_cache: bool = True
+    tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="shares of service when tenants queue; a tenant not named weighs 1"
+    )
     receipt_flush_s: float = Field(1.0, gt=0)
     num_threads: int = Field(2, ge=1, description="torch threads per replica")
     num_replicas: int = Field(1, ge=1)

@@ -128,7 +128,7 @@ def build(settings: ServeSettings, *, home: Path, base: Base) -> serve.Applicati
         name="Replica",
         num_replicas=settings.num_replicas,
         max_ongoing_requests=queue,
-        ray_actor_options={"num_cpus": REPLICA_CPUS},
+        ray_actor_options={"num_cpus": REPLICA_CPUS, "num_gpus": settings.num_gpus},
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_timeout_s=REPLICA_HEALTH_TIMEOUT_S,

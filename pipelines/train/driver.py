@@ -178,7 +178,11 @@ def _trainer(plan: Plan, *, hook: StepHook | None) -> "TorchTrainer":
         train_worker,
         train_loop_config={"plan": plan, "hook": hook},
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=settings.num_workers, use_gpu=settings.use_gpu),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.num_workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker={"CPU": 1, "GPU": settings.gpu_share} if settings.use_gpu else None,
+        ),
         run_config=ray.train.RunConfig(
             # The folder's name is unique: Ray resumes an old run when a name comes back.
             name=plan.run_folder.name,
