@@ -62,6 +62,7 @@ def bench(
         max_step_tokens=max(512, batch or sequences),
         adapter_cache_bytes=adapter_cache_mib << 20,
         num_threads=threads,
+        enable_prefix_cache=False,  # the warm-up runs the same prompts, and would spare the measured run theirs
     )
     measured = _run(config, load, ranks=_ranks(rank), modules=_modules(modules), is_cold=cold)
     _print(config, load, measured, as_json=as_json)

@@ -44,6 +44,15 @@ def test_what_cannot_be_measured_is_refused(tiny_base: Path, arguments: list[str
         )
 
 
+def test_no_prompt_is_spared_by_the_warm_up(tiny_base: Path) -> None:
+    """Prompts of more than a KV block, which a prefix cache would find again."""
+    arguments = ["engine", "bench", "--base", str(tiny_base), "--sequences", "3", "--in", "40", "--out", "4"]
+    done = CliRunner().invoke(app, [*arguments, "--threads", "1", "--json"], catch_exceptions=False)
+    stats = json.loads(done.stdout)["measured"]["stats"]
+    assert stats["prefix_hit_tokens"] == 0
+    assert stats["num_prefill_tokens"] == 2 * 3 * 40
+
+
 def test_without_a_base_the_remedy_is_named(tmp_path: Path) -> None:
     with (
         env.temporary_variables({"TRAILMARK_HOME": str(tmp_path)}),
