@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import serving_cpu
 from benchmarks.serving_cpu import Rates, floor_s
@@ -54,4 +53,12 @@ def test_floor_of_one_token_by_hand(tmp_path: Path) -> None:
     assert with_lora == 2 * (6 * weights + 2 * head) + 2 * 6 * rank_row * 2
     by_bytes = Rates({"float32": float("inf")}, copy=1.0)
     assert floor_s(spec, load, by_bytes, dtype="float32", ranks=[1, 3]) == 4 * (weights + head) + 4 * rank_row * 4
-    assert torch.get_num_threads() >= 1
+
+
+def test_every_turn_computes_its_prompts(tmp_path: Path) -> None:
+    """Peers do, and all turns have the same prompts: a prefix found again would be work left out."""
+    load = Load(batch=2, num_in=40, num_out=2)
+    engine = serving_cpu._engine(save_base("toy", tmp_path / "toy"), "float32", load)
+    for _ in range(2):
+        serving_cpu.serve_s(engine, load, [])
+    assert engine.stats()["num_prefill_tokens"] == 2 * 2 * 40
