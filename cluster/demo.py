@@ -45,6 +45,8 @@ LOG_WIDTH = 110  # columns where the output is no terminal
 # Enough for the adapters to have learnt their rows; found by watching the loss and the held-out answers.
 FACTS_STEPS, VOICE_STEPS = 48, 20
 QUICK_FACTS_STEPS, QUICK_VOICE_STEPS = 26, 8
+# Gradients of every example at one checkpoint: at three they take as long as the training itself.
+QUICK_NUM_CHECKPOINTS = 1
 QUICK_QUESTIONS = 4
 SHOWCASE = (
     ("base", "What is the capital of France?"),
@@ -106,6 +108,9 @@ def run_demo(home: Path, *, out: Path, quick: bool) -> None:
     with local.connect(home):
         _refine_all(console, trail, settings)
         facts_steps, voice_steps = (QUICK_FACTS_STEPS, QUICK_VOICE_STEPS) if quick else (FACTS_STEPS, VOICE_STEPS)
+        if quick:
+            section = settings.train.model_copy(update={"num_checkpoints": QUICK_NUM_CHECKPOINTS})
+            settings = settings.model_copy(update={"train": section})
         _train(console, trail, FACTS, settings=settings, max_steps=facts_steps)
         _train(console, trail, VOICE, settings=settings, max_steps=voice_steps)
     questions = held_out_questions()[:: 3 if quick else 1][: QUICK_QUESTIONS if quick else None]
