@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +44,10 @@ LINEAGE_PAGE = "lineage.html"
 LOG_WIDTH = 110  # columns where the output is no terminal
 # Enough for the adapters to have learnt their rows; found by watching the loss and the held-out answers.
 FACTS_STEPS, VOICE_STEPS = 48, 20
-QUICK_FACTS_STEPS, QUICK_VOICE_STEPS = 26, 8
+QUICK_FACTS_STEPS, QUICK_VOICE_STEPS = 20, 5
 # Gradients of every example at one checkpoint: at three they take as long as the training itself.
 QUICK_NUM_CHECKPOINTS = 1
+QUICK_REGIONS = REGIONS[:1]  # whose capitals are refined; every region hands in its rows
 QUICK_QUESTIONS = 4
 SHOWCASE = (
     ("base", "What is the capital of France?"),
@@ -106,7 +107,7 @@ def run_demo(home: Path, *, out: Path, quick: bool) -> None:
     trail = Trail.open(home)
     _contribute_all(console, trail, out / "rows")
     with local.connect(home):
-        _refine_all(console, trail, settings)
+        _refine_all(console, trail, settings, regions=QUICK_REGIONS if quick else REGIONS)
         facts_steps, voice_steps = (QUICK_FACTS_STEPS, QUICK_VOICE_STEPS) if quick else (FACTS_STEPS, VOICE_STEPS)
         if quick:
             section = settings.train.model_copy(update={"num_checkpoints": QUICK_NUM_CHECKPOINTS})
@@ -180,13 +181,15 @@ def _contributions() -> list[tuple[str, str, str, list[dict[str, Any]]]]:
     given: list[tuple[str, str, str, list[dict[str, Any]]]] = [
         (name, f"ferries-{name}", "CC-BY-4.0", [dict(row) for row in fictional_rows(name)]) for name in ("mira", "otto")
     ]
-    given += [
-        (f"{region.lower()}-desk", f"capitals-{region.lower()}", "MIT", region_rows(region)) for region in REGIONS
-    ]
+    given += [(f"{region.lower()}-desk", _region_dataset(region), "MIT", region_rows(region)) for region in REGIONS]
     given.append((COPIER, "ferries-copied", "CC-BY-4.0", copied_rows()))
     given.append((NOISE, "static-noise", "CC0-1.0", noise_rows()))
     given.append((VOICE_CONTRIBUTOR, "voice-lena", "CC-BY-4.0", [json.loads(line) for line in voice]))
     return given
+
+
+def _region_dataset(region: str) -> str:
+    return f"capitals-{region.lower()}"
 
 
 def _contribute_all(console: Console, trail: "Trail", folder: Path) -> None:
@@ -208,17 +211,22 @@ def _contribute_all(console: Console, trail: "Trail", folder: Path) -> None:
                 )
 
 
-def _refine_all(console: Console, trail: "Trail", settings: Settings) -> None:
+def _refine_all(console: Console, trail: "Trail", settings: Settings, *, regions: Sequence[str]) -> None:
     from attribution.bodies import RefinementBody
     from cluster.commands.data_tables import RowBar, refinement_tables
     from pipelines.refine.driver import refine
 
     with _step(console, "Refine with Ray Data: every row is kept, or dropped with a reason"):
         records = [entry.record for entry in trail.entries(kind="refinement")]
-        there = {record.body.name for record in records if record and isinstance(record.body, RefinementBody)}
-        datasets = [dataset for _, dataset, _, _ in _contributions()]
+        newest = {
+            record.body.name: {artefact.name for artefact in record.inputs}
+            for record in records
+            if record and isinstance(record.body, RefinementBody)
+        }
+        left_out = {_region_dataset(region) for region in REGIONS if region not in regions}
+        datasets = [dataset for _, dataset, _, _ in _contributions() if dataset not in left_out]
         for name, chosen in ((FACTS, datasets[:-1]), (VOICE, datasets[-1:])):
-            if name in there:
+            if newest.get(name) == set(chosen):
                 console.print(f"  {name}: refined by an earlier run")
                 continue
             with RowBar(console) as bar:

@@ -12,7 +12,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    quick: Annotated[bool, typer.Option(help="Fewer steps, checkpoints and questions: less than half the time.")] = False,
+    quick: Annotated[bool, typer.Option(help="Fewer rows, steps and questions: under half the time.")] = False,
     out: Annotated[Path, typer.Option(help="Where the rows, the receipt and the pages go.")] = Path("demo-out"),
     home: Annotated[Path | None, typer.Option(help="Home folder; `.trailmark` here when none is set.")] = None,
 ) -> None:
