@@ -1,5 +1,6 @@
-"""What a kernel may assume of where it runs."""
+"""What a kernel may assume of where it runs, and how small tensors get there."""
 
+import torch
 from torch import Tensor
 
 
@@ -10,3 +11,13 @@ def multiplies_natively(left: Tensor, right: Tensor) -> bool:
     which holds them exactly.
     """
     return left.is_cuda and left.dtype == right.dtype and left.dtype.itemsize == 2
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on `device`; the host waits neither for the copy nor for what the device has queued.
+
+    A copy from pageable memory would have it wait for both.
+    """
+    if device.type != "cuda" or not values.numel():
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

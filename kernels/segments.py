@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.devices import to_device
 from kernels.lora import LoraStep
 
 BASE_ROW = -1
@@ -36,6 +37,6 @@ def build_step(runs: Sequence[tuple[int, int]], *, device: torch.device) -> Lora
     rows = torch.tensor([adapter_row for adapter_row, _ in runs], dtype=torch.int32)
     counts = torch.tensor([num_rows for _, num_rows in runs], dtype=torch.int64)
     return LoraStep(
-        adapter_rows=rows.repeat_interleave(counts).to(device),
+        adapter_rows=to_device(rows.repeat_interleave(counts), device),
         segments=torch.tensor(segments, dtype=torch.int32).view(-1, 3),
     )

@@ -13,6 +13,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
+from kernels.devices import to_device
 from kernels.lora import LoraPool, LoraStep
 from kernels.ops import AttentionPlan, AttentionRun, PagedBatch
 from kernels.segments import BASE_ROW, build_step
@@ -59,12 +60,12 @@ def build_batch(
         if item.gives_token:
             logit_rows.append(len(token_ids) - 1)
     # One copy to the device for the three.
-    per_token = torch.tensor([token_ids, positions, slot_mapping], dtype=torch.int64).to(device)
+    per_token = to_device(torch.tensor([token_ids, positions, slot_mapping], dtype=torch.int64), device)
     return StepBatch(
         token_ids=per_token[0],
         positions=per_token[1],
         slot_mapping=per_token[2],
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        logit_rows=to_device(torch.tensor(logit_rows, dtype=torch.int64), device),
         attention=AttentionPlan(
             tuple(runs), paged=_paged(plan, block_size=block_size, device=device) if is_paged else None
         ),
@@ -80,7 +81,7 @@ def _paged(plan: list[Scheduled], *, block_size: int, device: torch.device) -> P
     tables = [[*item.sequence.blocks, *[0] * (width - len(item.sequence.blocks))] for item in plan]
     lengths = [item.sequence.num_computed + item.num_tokens for item in plan]
     starts = [0, *accumulate(item.num_tokens for item in plan)]
-    packed = torch.tensor([*chain(*tables), *lengths, *starts], dtype=torch.int32).to(device)
+    packed = to_device(torch.tensor([*chain(*tables), *lengths, *starts], dtype=torch.int32), device)
     table_TB, context_lens, row_starts = packed.split([len(plan) * width, len(plan), len(plan) + 1])
     return PagedBatch(
         block_tables=table_TB.view(len(plan), width),

@@ -16,6 +16,8 @@ POSITIVE_FIELDS = (
     "adapter_host_bytes",
     "max_resident_adapters",
 )
+# Edits beyond it could leave fp32, and an infinite logit has no distribution.
+MAX_EDIT = 1e9
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -136,13 +138,20 @@ class SamplingParams:
         self._check_ends()
 
     def _check_edits(self) -> None:
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InvalidRequest(f"repetition_penalty={self.repetition_penalty} is not a number > 0; 1 changes nothing")
+        if not 1 / MAX_EDIT <= self.repetition_penalty <= MAX_EDIT:
+            raise InvalidRequest(
+                f"repetition_penalty={self.repetition_penalty} is outside {1 / MAX_EDIT:g}..{MAX_EDIT:g}; "
+                "1 changes nothing"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise InvalidRequest(f"{name}={getattr(self, name)} is not a finite number; 0 changes nothing")
-        if any(token_id < 0 or not math.isfinite(bias) for token_id, bias in self.logit_bias):
-            raise InvalidRequest("logit_bias needs token ids >= 0 and finite biases; use -100 to rule a token out")
+            if not abs(getattr(self, name)) <= MAX_EDIT:
+                raise InvalidRequest(
+                    f"{name}={getattr(self, name)} is not a number within +-{MAX_EDIT:g}; 0 changes nothing"
+                )
+        if any(token_id < 0 or not abs(bias) <= MAX_EDIT for token_id, bias in self.logit_bias):
+            raise InvalidRequest(
+                f"logit_bias needs token ids >= 0 and biases within +-{MAX_EDIT:g}; use -100 to rule a token out"
+            )
         if len({token_id for token_id, _ in self.logit_bias}) != len(self.logit_bias):
             raise InvalidRequest("logit_bias names a token twice; give each token one bias")
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.devices import to_device
 from serve_apps.engine.config import SamplingParams
 from serve_apps.engine.grammar import GrammarState
 
@@ -89,26 +90,26 @@ def apply_edits_(logits_NV: Tensor, edits: Sequence[LogitEdits]) -> dict[int, Ex
     _penalise_(flat, edits, active, width=logits_NV.shape[1])
     _bias_(flat, edits, active, width=logits_NV.shape[1])
     held = _places([(row, edits[row].holds_back) for row in active], width=logits_NV.shape[1])
-    flat[torch.from_numpy(held).to(flat.device)] = -torch.inf
+    flat[to_device(torch.from_numpy(held), flat.device)] = -torch.inf
     return _mask_(logits_NV, {row: grammar for row in active if (grammar := edits[row].grammar) is not None})
 
 
 def _penalise_(flat: Tensor, edits: Sequence[LogitEdits], active: list[int], *, width: int) -> None:
     touched = [(row, *edits[row].penalised) for row in active]
-    places = torch.from_numpy(_places([(row, ids) for row, ids, _ in touched], width=width)).to(flat.device)
+    places = to_device(torch.from_numpy(_places([(row, ids) for row, ids, _ in touched], width=width)), flat.device)
     if not len(places):
         return
     params = [edits[row].params for row in active]
     sizes = [len(ids) for _, ids, _ in touched]
     repetition, presence, frequency = (
-        torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), sizes)).to(flat.device)
+        to_device(torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), sizes)), flat.device)
         for values in (
             [each.repetition_penalty for each in params],
             [each.presence_penalty for each in params],
             [each.frequency_penalty for each in params],
         )
     )
-    counts = torch.from_numpy(np.concatenate([counts for _, _, counts in touched])).to(flat.device)
+    counts = to_device(torch.from_numpy(np.concatenate([counts for _, _, counts in touched])), flat.device)
     values = flat[places]
     values = torch.where(values > 0, values / repetition, values * repetition)
     flat[places] = values - presence * (counts > 0) - frequency * counts
@@ -116,9 +117,10 @@ def _penalise_(flat: Tensor, edits: Sequence[LogitEdits], active: list[int], *, 
 
 def _bias_(flat: Tensor, edits: Sequence[LogitEdits], active: list[int], *, width: int) -> None:
     pairs = [(row, *edits[row].biases) for row in active]
-    places = torch.from_numpy(_places([(row, ids) for row, ids, _ in pairs], width=width)).to(flat.device)
+    places = to_device(torch.from_numpy(_places([(row, ids) for row, ids, _ in pairs], width=width)), flat.device)
     if len(places):
-        flat[places] += torch.from_numpy(np.concatenate([biases for _, _, biases in pairs])).to(flat.device)
+        biases = np.concatenate([biases for _, _, biases in pairs])
+        flat[places] += to_device(torch.from_numpy(biases), flat.device)
 
 
 def _places(ids_by_row: list[tuple[int, np.ndarray]], *, width: int) -> np.ndarray:
@@ -142,7 +144,7 @@ def _mask_(logits_NV: Tensor, grammars: dict[int, GrammarState]) -> dict[int, Ex
         rows.append(row)
         masks.append(allowed)
     if rows:
-        forbidden = torch.from_numpy(~np.stack(masks)).to(logits_NV.device)
-        index = torch.tensor(rows, device=logits_NV.device)
+        forbidden = to_device(torch.from_numpy(~np.stack(masks)), logits_NV.device)
+        index = to_device(torch.tensor(rows), logits_NV.device)
         logits_NV[index] = logits_NV[index].masked_fill(forbidden, -torch.inf)
     return errors

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.devices import to_device
 from kernels.lora import MODULES, LoraPool
 from kernels.native import Native
 from serve_apps.engine.arena import Arena
@@ -136,7 +137,7 @@ class LoraMemory:
     def _write_row(self, adapter_row: int, offsets: Tensor) -> None:
         self.lora.host_table[adapter_row] = offsets
         if self.lora.table is not self.lora.host_table:
-            self.lora.table[adapter_row].copy_(offsets)
+            self.lora.table[adapter_row].copy_(to_device(offsets, self.lora.table.device))
 
 
 def _shifted(offsets: Tensor, distance: int) -> Tensor:

@@ -118,8 +118,45 @@ def test_a_token_of_no_weight_is_never_picked(width: int, point: float, seed: in
     weights = torch.rand(1, width, generator=generator) * (torch.rand(1, width, generator=generator) < 0.1)
     weights[0, seed % width] = 1.0
     for at in (point, 0.0, 1 - 2**-53):
-        index = int(pick(weights, torch.tensor([[at]], dtype=torch.float64)))
-        assert weights[0, index] > 0
+        index, place = pick(weights, torch.tensor([[at]], dtype=torch.float64))
+        assert weights[0, int(index)] > 0
+        assert 0 <= float(place) <= 1
+
+
+def test_the_largest_logit_is_found_first_of_equals_in_any_width() -> None:
+    for width in (1, 7, 256, 300, 1024, 151_936):
+        logits = torch.randn(4, width, generator=torch.Generator().manual_seed(width)).mul(2).round()
+        assert sampler._likeliest(logits).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("width", [1000, 49_152])
+def test_a_large_vocabulary_is_drawn_alike_alone_and_in_company(width: int) -> None:
+    """Rows weighed together and apart, with every kind of cut beside them, and against the oracle."""
+    knobs = [
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        for temperature in (0.4, 1.2)
+        for top_k, top_p, min_p in ((0, 1.0, 0.0), (0, 1.0, 0.05), (0, 0.9, 0.0), (width, 0.9, 0.0), (20, 0.8, 0.1))
+    ]
+    logits = torch.randn(len(knobs), width, generator=torch.Generator().manual_seed(5)) * 4
+    for seed in range(3):
+        points = [uniform(seed, row) for row in range(len(knobs))]
+        together = draw(logits, knobs, points).tolist()
+        for row, params in enumerate(knobs):
+            assert draw(logits[row : row + 1], [params], points[row : row + 1]).tolist() == [together[row]]
+            if width == 1000:
+                assert plain_draw(logits[row].tolist(), params, points[row]) in (None, together[row])
+
+
+def test_numbers_beyond_fp32_and_int32_mean_what_they_say() -> None:
+    """A temperature that fp32 rounds to 0 is as good as greedy, a top_k beyond any vocabulary keeps everything."""
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(2)) * 3
+    best = logits.argmax(-1).tolist()
+    for choose in (draw, sampler.draw_fused):
+        assert choose(logits, [SamplingParams(temperature=1e-60)] * 2, [0.0, 0.999]).tolist() == best
+        everything = [SamplingParams(temperature=1.0, top_k=2**40 + 1), SamplingParams(temperature=1.0, top_k=50)]
+        assert len(set(choose(logits[:1].expand(2, -1).contiguous(), everything, [0.9, 0.9]).tolist())) == 1
+    greedy = SamplingParams()
+    assert sampler.draw_fused(logits, [greedy, SamplingParams(temperature=1e-3)], [0.7, 0.7]).tolist() == best
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -258,7 +295,7 @@ def test_greedy_rows_are_never_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("greedy rows need neither order nor distribution")
 
-    for name in ("draw", "_ordered", "pick"):
+    for name in ("draw", "_ordered", "pick", "_weigh"):
         monkeypatch.setattr(sampler, name, forbidden)
     logits = torch.randn(3, 20)
     choices = sample(logits.clone(), [sequence([1], []) for _ in range(3)])
