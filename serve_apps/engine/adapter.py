@@ -99,7 +99,7 @@ def inspect_adapter(ref: AdapterRef, spec: ModelSpec) -> int:
                 dtype = torch.float32 if part.get_dtype() in FLOATING_DTYPES else torch.int8
                 tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
     except (SafetensorError, OSError) as error:
-        raise CorruptAdapter(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
+        raise _not_whole(folder / WEIGHTS_FILE, error) from error
     modules = _modules(config, tensors, spec, folder)
     return sum(module.a.numel() + module.b.numel() for module in modules.values())
 
@@ -113,12 +113,27 @@ def read_adapter(ref: AdapterRef, spec: ModelSpec, *, dtype: torch.dtype, pin: b
     try:
         tensors = load_safetensors(contents[WEIGHTS_FILE])
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise CorruptAdapter(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
+        raise _not_whole(folder / WEIGHTS_FILE, error) from error
     modules = _modules(config, tensors, spec, folder)
     packed = pack(digest, modules, content_digest=content_digest, num_layers=spec.num_layers, dtype=dtype, pin=pin)
     if not bool(torch.isfinite(packed.data).all()):
         _refuse_not_finite(tensors, folder, dtype)
     return packed
+
+
+def _not_whole(path: Path, error: Exception) -> CorruptAdapter:
+    """Say what is wrong with a file that safetensors refuses, naming the first tensor that lies beyond its end."""
+    try:
+        with path.open("rb") as file:
+            head_size = int.from_bytes(file.read(8), "little")
+            head = json.loads(file.read(min(head_size, path.stat().st_size)))
+        size = path.stat().st_size - 8 - head_size
+        ends = {name: entry["data_offsets"][1] for name, entry in head.items() if name != "__metadata__"}
+        beyond = [name for name in sorted(ends, key=lambda name: ends[name]) if ends[name] > size]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        beyond = []
+    where = f"; it ends inside tensor {beyond[0]}" if beyond else ""
+    return CorruptAdapter(f"{path} is not a whole safetensors file: {error}{where}")
 
 
 def _folder(ref: AdapterRef) -> Path:

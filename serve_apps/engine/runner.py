@@ -109,13 +109,18 @@ class Runner:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`. Raises InvalidRequest when it is not cpu or cuda, or not here."""
+    """Return the device called `name`. Raises InvalidRequest when it is not cpu or cuda, or not here.
+
+    Triton launches on the current device, so there is one GPU per process, chosen from outside.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise InvalidRequest(f"device={name!r} is not one; use cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise InvalidRequest(f"device={name!r} is not served; use cpu or cuda")
+    if device.index:
+        raise InvalidRequest(f"device={name!r} is not served; use cuda and choose the GPU by CUDA_VISIBLE_DEVICES")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidRequest(f"device={name!r}: torch finds no CUDA device here; use device='cpu'")
     return device

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kernels.lora import MODULES
-from serve_apps.engine.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from serve_apps.engine.adapter import CONFIG_FILE, WEIGHTS_FILE, inspect_adapter, read_adapter
 from serve_apps.engine.adapter_pool import AdapterPool
 from serve_apps.engine.architecture import GROUPS, ModelSpec, read_spec
 from serve_apps.engine.config import AdapterRef
@@ -117,9 +117,39 @@ def test_corrupt_tensors_are_named(name: str, copy: Path, spec: ModelSpec) -> No
         read(ref(copy), spec)
 
 
+@pytest.mark.parametrize(
+    "head", ["", "{", "[1]", '{"a": 1}', '{"a": {"data_offsets": "x"}}', '{"a": {"data_offsets": []}}']
+)
+def test_a_file_that_is_not_safetensors_is_corrupt(head: str, copy: Path, spec: ModelSpec) -> None:
+    (copy / WEIGHTS_FILE).write_bytes(len(head).to_bytes(8, "little") + head.encode())
+    for read_some in (read, inspect_adapter):
+        with pytest.raises(CorruptAdapter, match=f"{WEIGHTS_FILE} is not a whole safetensors file"):
+            read_some(ref(copy), spec)
+
+
+def test_a_truncated_file_is_corrupt_and_the_tensor_that_it_ends_in_is_named(copy: Path, spec: ModelSpec) -> None:
+    content = (copy / WEIGHTS_FILE).read_bytes()
+    head_size = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + head_size])
+    head.pop("__metadata__", None)
+    for name, entry in head.items():
+        (copy / WEIGHTS_FILE).write_bytes(content[: 8 + head_size + entry["data_offsets"][0] + 4])
+        for read_some in (read, inspect_adapter):
+            with pytest.raises(CorruptAdapter, match=f"it ends inside tensor {name}"):
+                read_some(ref(copy), spec)
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_tensor_of_rank_zero_is_named(side: str, copy: Path, spec: ModelSpec) -> None:
+    shape = {"A": (0, 64), "B": (64, 0)}[side]
+    set_tensors(copy, lambda tensors: tensors.update({Q0_A.replace("lora_A", f"lora_{side}"): torch.ones(shape)}))
+    with pytest.raises(CorruptAdapter, match=rf"q_proj.lora_{side}.weight .*0"):
+        read(ref(copy), spec)
+
+
 def test_rank_zero_is_corrupt(copy: Path, spec: ModelSpec) -> None:
     set_config(copy, rank_pattern={"q_proj": 0})
-    with pytest.raises(CorruptAdapter, match="rank 0"):
+    with pytest.raises(CorruptAdapter, match=r"rank 0 of model\.layers\.\d\.self_attn\.q_proj"):
         read(ref(copy), spec)
 
 

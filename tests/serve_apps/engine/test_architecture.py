@@ -1,5 +1,6 @@
 """Base models that are refused: by name, with what works, before any weight is read."""
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.cuda.random_llama import Shape, write_checkpoint
+from configs import env
+from kernels.native import load
+from serve_apps.engine import weights
 from serve_apps.engine.architecture import read_spec
 from serve_apps.engine.errors import CorruptModel, UnsupportedModel
 from tests.serve_apps.engine.engine_cases import engine_for
@@ -57,21 +62,53 @@ def test_no_config(tmp_path: Path) -> None:
 
 
 def test_spoiled_weights_are_named(copy: Path) -> None:
-    weights = copy / "model.safetensors"
-    whole = load_file(weights)
+    file = copy / "model.safetensors"
+    whole = load_file(file)
     name = "model.layers.1.mlp.up_proj.weight"
-    save_file({key: value for key, value in whole.items() if key != name}, weights)
+    save_file({key: value for key, value in whole.items() if key != name}, file)
     with pytest.raises(CorruptModel, match=f"lacks the tensor {name}"):
         engine_for(copy)
-    save_file({**whole, name: torch.ones(3, 3)}, weights)
+    save_file({**whole, name: torch.ones(3, 3)}, file)
     with pytest.raises(CorruptModel, match=rf"{name} .* \[3, 3\]; its config says \[160, 64\]"):
         engine_for(copy)
-    save_file({**whole, "model.layers.0.mlp.router.weight": torch.ones(3)}, weights)
+    save_file({**whole, "model.layers.0.mlp.router.weight": torch.ones(3)}, file)
     with pytest.raises(CorruptModel, match=r"mlp\.router\.weight"):
         engine_for(copy)
-    weights.write_bytes(weights.read_bytes()[:100])
+    file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CorruptModel, match="not a readable safetensors file"):
         engine_for(copy)
-    weights.unlink()
+    file.unlink()
     with pytest.raises(CorruptModel, match="neither"):
         engine_for(copy)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_loading_holds_no_second_copy(is_native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 MB of weights: memory of our own (the mapped files are not) never exceeds them by more than two tensors."""
+    shape = Shape(hidden=512, intermediate=1536, layers=6, heads=8, kv_heads=4, head_dim=64, vocabulary=1024)
+    spec = write_checkpoint(tmp_path, shape, dtype=torch.float32, device=torch.device("cpu"))
+    native = load(env.cache_home()) if is_native else None
+    if is_native and native is None:
+        pytest.skip("no C compiler here")
+    seen: list[int] = []
+    read_into = weights.Checkpoint.read_into
+
+    def watched(self: weights.Checkpoint, target: torch.Tensor, name: str) -> None:
+        read_into(self, target, name)
+        seen.append(own_bytes())
+
+    monkeypatch.setattr(weights.Checkpoint, "read_into", watched)
+    ctypes.CDLL(None).malloc_trim(0)  # what the checkpoint's making left
+    before = own_bytes()
+    loaded = weights.load_weights(tmp_path, spec, dtype=torch.float32, device=torch.device("cpu"), native=native)
+    after = own_bytes()
+    num_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    largest = 4 * 2 * spec.linear_shape("gate_proj")[0] * spec.hidden_size
+    assert len(loaded.layers) == 6 and after - before > 0.8 * num_bytes, "the weights are not in memory"
+    assert max(seen) - before < num_bytes + 2 * largest
+
+
+def own_bytes() -> int:
+    """Memory of this process that no file backs."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024

@@ -3,12 +3,18 @@
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from kernels.lora import MODULES
 from kernels.native import Native
+from serve_apps.engine.architecture import read_spec
+from serve_apps.engine.bench import write_random_adapter
+from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.cpu_forward import can_run
 from serve_apps.engine.engine import Engine
 from serve_apps.engine.runner import resolve_dtype
@@ -65,6 +71,56 @@ def test_bf16_is_as_near_to_fp32_as_transformers(name: str, native_kernels: bool
     assert runs_in_c(engine) == native_kernels
     ours = engine_logits(engine, token_ids)
     assert (ours - exact).abs().mean() <= 1.5 * (theirs - exact).abs().mean()
+
+
+@pytest.mark.parametrize("native_kernels", [True, False])
+@pytest.mark.parametrize("name", ["llama untied, biases", "llama3 rope", "mistral sliding", "qwen2", "qwen3"])
+def test_bf16_of_a_mixed_batch_is_as_near_to_fp32_as_peft(name: str, native_kernels: bool, tmp_path: Path) -> None:
+    """Teacher-forced: log-probabilities along the tokens chosen, the base and adapters in one batch, each by itself."""
+    save_random(config_for_c(name), tmp_path)
+    adapters: list[AdapterRef | None] = [None]
+    for rank in (3, 8):
+        adapters.append(
+            write_random_adapter(tmp_path / f"r{rank}", read_spec(tmp_path), rank=rank, modules=MODULES, seed=rank)
+        )
+    limits = {"max_step_tokens": 16, "native_kernels": native_kernels}
+    engine = engine_for(tmp_path, dtype="bfloat16", **limits)
+    asked = [torch.randint(3, 512, (9 + 2 * row,), generator=torch.Generator().manual_seed(row)) for row in range(6)]
+    outputs = run(
+        engine,
+        [request(f"r{row}", asked[row].tolist(), adapters[row % 3], logprobs=20, max_tokens=6) for row in range(6)],
+    )
+    ours, theirs, of_base = [], [], []
+    for row in range(6):
+        token_ids = torch.tensor([[*asked[row].tolist(), *tokens(outputs[f"r{row}"])]])
+        half, exact = forced_logprobs(tmp_path, adapters[row % 3], token_ids, num_new=6)
+        base = forced_logprobs(tmp_path, None, token_ids, num_new=6)[1]
+        for step, output in enumerate(outputs[f"r{row}"]):
+            assert output.logprobs is not None
+            ids = torch.tensor([token for token, _ in output.logprobs[0].top])
+            told = torch.tensor([logprob for _, logprob in output.logprobs[0].top])
+            ours.append(told - exact[step, ids])
+            theirs.append(half[step, ids] - exact[step, ids])
+            of_base += [base[step, ids] - exact[step, ids]] if row % 3 else []
+    allowed = 1.5 * torch.cat(theirs).abs().mean()
+    assert torch.cat(ours).abs().mean() <= allowed
+    assert torch.cat(of_base).abs().mean() > 3 * allowed, "adapters left out would not be seen"
+
+
+def forced_logprobs(
+    base: Path, adapter: AdapterRef | None, token_ids: torch.Tensor, *, num_new: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return PEFT's log-probabilities of the last tokens in bf16, and in fp32 of the same bf16 base weights."""
+    options = {"attn_implementation": "eager", "local_files_only": True}
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **options)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter.path)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        each = model.eval() if dtype == torch.bfloat16 else model.float()
+        with torch.inference_mode():
+            found.append(each(token_ids).logits[0, -num_new - 1 : -1].float().log_softmax(-1))
+    return found[0], found[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
