@@ -42,7 +42,7 @@ from serve_apps.engine.config import AdapterRef, EngineConfig, Output, Request, 
 from serve_apps.engine.engine import Engine
 
 # Programs of their own, each in its own process; without a GPU at toy shapes, against oracles only.
-PROGRAMS = ("cuda.kernel_checks", "lora_kernels", "decode_floor", "many_adapters", "cold_load")
+PROGRAMS = ("cuda.kernel_checks", "cuda.kernel_times", "lora_kernels", "decode_floor", "many_adapters", "cold_load")
 VOCABULARY_SIZE = 1024
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY_SIZE,
@@ -215,11 +215,16 @@ def check_speed(device: str, folder: Path, *, is_quick: bool) -> Iterator[Figure
             yield Figure(f"engine {law} / transformers base, batch {batch}", theirs / ours, "ratio", floor)
 
 
-def run_programs(folder: Path, *, is_quick: bool) -> Iterator[Figure]:
-    """Run the kernels' checks and the other programs that need a GPU; their figures, each with its program's name."""
+def run_programs(folder: Path, *, is_quick: bool, plot: Path | None = None) -> Iterator[Figure]:
+    """Run the kernels' checks and the other programs that need a GPU; their figures, each with its program's name.
+
+    `plot`: where `lora_kernels` draws its points.
+    """
     for name in PROGRAMS:
         out = folder / f"{name}.json"
         command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *(["--quick"] if is_quick else [])]
+        if plot and name == "lora_kernels":
+            command += ["--plot", str(plot)]
         done = subprocess.run(command, env=env.child_environment({}), stdout=subprocess.PIPE, text=True, check=False)
         yield Figure(f"{name}: exit status", done.returncode, "", 0, is_ceiling=True)
         for entry in json.loads(out.read_text())["figures"] if out.exists() else ():
@@ -280,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small model, short runs")
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure is under its floor")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--out", type=Path, help="also write the JSON here, the plot of lora_kernels beside it")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=("parity", "speed", "programs"), help="one part instead of all three")
     options = parser.parse_args(arguments)
@@ -293,7 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts = {
             "parity": check_parity(options.device, folder),
             "speed": check_speed(options.device, folder, is_quick=options.quick),
-            "programs": run_programs(folder, is_quick=options.quick),
+            "programs": run_programs(
+                folder, is_quick=options.quick, plot=options.out and options.out.with_suffix(".svg")
+            ),
         }
         for figure in chain(*(part for name, part in parts.items() if options.only in (None, name))):
             figures.append(figure)

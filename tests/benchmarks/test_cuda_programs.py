@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from benchmarks import cold_load, decode_floor, gpu_check, lora_kernels, many_adapters
-from benchmarks.cuda import kernel_checks, random_llama, report
+from benchmarks.cuda import kernel_checks, kernel_times, random_llama, report
 from benchmarks.cuda.device import Rates
 from benchmarks.cuda.report import Figure, Options
 
 PROGRAMS = {
-    module.__name__.rpartition(".")[2]: module for module in (lora_kernels, decode_floor, many_adapters, cold_load)
+    module.__name__.rpartition(".")[2]: module
+    for module in (lora_kernels, decode_floor, many_adapters, cold_load, kernel_times)
 }
 RATES = Rates(copy_bytes_per_s=1e12, flops_per_s=1e14, bus_bytes_per_s=5e10)
 ONE_MS = 1e-3
@@ -96,6 +97,30 @@ def test_decode_floor_counts_every_byte_once(still_clock: None, monkeypatch: pyt
     assert found["base: of the byte floor"].value == pytest.approx(floor_s / ONE_MS)
     assert found["base: of the byte floor"].floor == 0.85
     assert found["base step by the engine / bare forward"].value == 1.0
+
+
+def test_kernel_times_counts_bytes_and_flops(still_clock: None) -> None:
+    toy = random_llama.TOY
+    shapes = ((2, 5, 12),)
+    made = kernel_times.cases(toy, (3,), shapes, dtype=torch.float32, device=torch.device("cpu"))
+    found = {figure.name: figure for case in made for figure in kernel_times.timed(case, RATES)}
+    for name, num_bytes in {
+        "add + rms_norm, 3 tokens": 4 * 4 * 3 * toy.hidden,
+        "silu_mul, 3 tokens": 4 * 3 * 3 * toy.intermediate,
+        "kv_write, 3 tokens": 2 * 4 * 3 * toy.kv_heads * toy.head_dim,
+        "sampling, top_p 0.9, 3 rows": 4 * 3 * toy.vocabulary,
+        # 12 tokens fill one block of 16.
+        "paged_attention, 2 x 5 rows of 12": 4 * toy.head_dim * (2 * 32 * toy.kv_heads + 2 * 10 * toy.heads),
+    }.items():
+        assert found[f"{name}: of the roofline"].value == pytest.approx(num_bytes / RATES.copy_bytes_per_s / ONE_MS)
+    (case,) = (
+        case
+        for case in kernel_times.cases(toy, (3,), shapes, dtype=torch.float32, device=torch.device("cpu"))
+        if case.flops
+    )
+    # Row i of 5 sees 8 + i of 12 keys; a product and a sum each for scores and for values.
+    assert case.flops == 2 * (8 + 9 + 10 + 11 + 12) * toy.heads * toy.head_dim * 4
+    assert found["paged_attention, 2 x 5 rows of 12: gather + torch / ours"].value == 1.0
 
 
 def test_lora_kernels_measures_and_plots(still_clock: None, tmp_path: Path) -> None:

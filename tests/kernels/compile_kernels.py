@@ -83,6 +83,9 @@ def launch_all() -> None:
     whole = torch.zeros(5, dtype=torch.int32)
     batch = paged_attention.PagedBatch(torch.zeros(4, 9, dtype=torch.int32), whole[:4], whole, 16, True, True)
     paged_attention.paged_attention(x.view(4, 32, 128), cache, cache, batch=batch, scale=0.1, window=100)
+    for head_dim, dtype in ((64, BF16), (256, BF16), (128, torch.float32)):
+        q, cache = torch.zeros(4, 8, head_dim, dtype=dtype), torch.zeros(64, 2, head_dim, dtype=dtype)
+        paged_attention.paged_attention(q, cache, cache, batch=batch, scale=0.1)
     table = torch.zeros(2, 1, 7, 3, dtype=torch.int64)
     for num_tokens, dtype in ((64, BF16), (4096, BF16), (1, torch.float32)):
         lora_add_triton_(

@@ -1,5 +1,7 @@
 """Shrink and expand against the fp32 oracle: every popularity, mixed and missing ranks, any order of tokens."""
 
+import mmap
+
 import pytest
 import torch
 
@@ -178,3 +180,28 @@ def test_bounds_beyond_y_are_refused(device: str) -> None:
     pool, step = random_pool(dtype=torch.float32, device=device), step_of([0] * 4, device)
     with pytest.raises(ValueError, match="end at column 40, y has 21"):
         add(random(4, 21, device=device), random(4, IN_SIZE, device=device), pool, step, "qkv")
+
+
+def test_offsets_beyond_32_bits(device: str) -> None:
+    """2,000 adapters of 14 MB are 14 billion bf16 numbers in one buffer; here one adapter set lies behind 2^31 of them.
+
+    On the CPU only the pages that are touched exist.
+    """
+    near, far = random_pool(dtype=torch.bfloat16, device=device), 2**31 + 8
+    num_elements = far + near.data.numel()
+    if device == "cpu":
+        region = mmap.mmap(-1, 2 * num_elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        whole = torch.frombuffer(region, dtype=torch.bfloat16)
+        # The interpreter copies a tensor's storage back onto itself: give it the first numbers only.
+        data = torch.frombuffer(region, dtype=torch.bfloat16, count=8)
+    else:
+        data = whole = torch.empty(num_elements, dtype=torch.bfloat16, device=device)
+    whole[far:] = near.data
+    table = near.table.clone()
+    table[..., :2] += far * (table[..., 2:] > 0)
+    step = step_of(POPULARITY["zipf with base"], device)
+    x = random(len(step.adapter_rows), IN_SIZE, device=device)
+    y = random(len(step.adapter_rows), bounds_of("qkv")[-1], seed=1, device=device)
+    actual = add(y, x, LoraPool(data, table, table.cpu(), alignment=near.alignment), step, "qkv")
+    assert torch.equal(actual, add(y, x, near, step, "qkv"))
+    close(actual, expect(y, x, near, step, "qkv"), torch.bfloat16)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import reference
+from kernels import reference, sampling
 from kernels.sampling import sample
 
 # temperature, top_k, top_p, min_p
@@ -36,7 +36,8 @@ def draw(logits: torch.Tensor, knobs: list[tuple[float, int, float, float]], poi
 
 
 @pytest.mark.parametrize("width", [1, 61, 1100])
-def test_every_cut(width: int, device: str) -> None:
+def test_every_cut(width: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_BLOCK", 512)  # so that 1100 tokens are three blocks
     knobs = [each for each in KNOBS for _ in POINTS]
     points = [point for _ in KNOBS for point in POINTS]
     logits = torch.randn(len(knobs), width, generator=torch.Generator().manual_seed(width)) * 3
