@@ -21,7 +21,8 @@ import importlib, importlib.machinery, sys
 class Bare(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return super().find_spec(name, path, target) if name.partition(".")[0] in ALLOWED else None
+        is_there = name.partition(".")[0] in ALLOWED or name.startswith("_sysconfigdata")
+        return super().find_spec(name, path, target) if is_there else None
 
 builtin = [finder for finder in sys.meta_path if getattr(finder, "__module__", "") == "_frozen_importlib"]
 sys.meta_path = [*builtin, Bare]
