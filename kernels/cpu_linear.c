@@ -10,8 +10,12 @@ output is one sum over i in rising order, whatever the number of rows, so a toke
 else is in the step. 2 x EPYC with AVX512-BF16, one thread, weights from memory, [32, 576] x [576, 3072]: MKL through
 torch.mm 2.0 to 2.4 ms (fp32) and 0.91 ms (bf16), oneDNN with weights packed for 32 rows 1.4 and 0.67, this 1.76
 and 0.61; one row: 0.40 to 0.64 and 0.43, 0.52 and 0.36, this 0.36 and 0.18. So oneDNN wins the wide product in fp32.
-bfloat16 uses the processor's dot product where it has one (AVX512-BF16), else float32 products of widened
-values: never slower than float32 by the widening alone, and half its bytes. */
+bfloat16 uses the processor's dot product (AVX512-BF16) where that is fast, else float32 products of widened values: the
+arithmetic of float32 and half its bytes. AMD's dot product does twice the work of a float32 product in the same time,
+Intel's half of it (Xeon of 2023, one thread, [2048, 2048] squared: 84 GFLOP/s against 163, torch the same).
+
+A product of several rows keeps the arithmetic busy and memory idle, so it asks for the lines of the next panel on the
+way. (Asking for the adapters of the step as well gained nothing: docs/log.md.) */
 #include <stdlib.h>
 
 #include "cpu_vector.h"
@@ -21,6 +25,7 @@ values: never slower than float32 by the widening alone, and half its bytes. */
 #else
 #define HAS_DOT 0
 #endif
+enum { DOT = 2 }; /* beside F32 and BF16 (widened): how a product is computed */
 
 #define PANEL 32
 #define WIDTH (PANEL / LANES)
@@ -33,43 +38,79 @@ values: never slower than float32 by the widening alone, and half its bytes. */
 #define BLOCK_ROWS 192  /* rows of x that stay in L2 beside a panel */
 #define BLOCK_DEPTH 2048 /* rows of a panel: 256 KiB in float32 */
 
-/* sums[t] += x[t][k] w[k] for k in [0, depth). x_words: float32 values, or pairs of bfloat16 as they lie in memory. */
-INLINE void multiply(const int NT, vec sums[TILE][WIDTH], const void *x, int64_t x_stride, const void *w,
-                     int64_t depth, const int dtype) {
-    if (dtype == F32) {
-        const float_memory *token = x;
-        for (int64_t k = 0; k < depth; k++)
-            for (int v = 0; v < WIDTH; v++) {
-                vec row = load(w, k * PANEL + v * LANES, F32);
-                for (int t = 0; t < NT; t++) sums[t][v] += token[t * x_stride + k] * row;
-            }
-        return;
-    }
-#if HAS_DOT
-    for (int64_t k = 0; k < depth; k += 2) {
-        __m512bh rows[WIDTH];
-        for (int v = 0; v < WIDTH; v++)
-            rows[v] = (__m512bh)_mm512_loadu_si512(at(w, k * PANEL + v * 2 * LANES, BF16));
-        for (int t = 0; t < NT; t++) {
-            int32_t pair;
-            __builtin_memcpy(&pair, at(x, t * x_stride + k, BF16), 4);
-            for (int v = 0; v < WIDTH; v++)
-                sums[t][v] = (vec)_mm512_dpbf16_ps((__m512)sums[t][v], (__m512bh)_mm512_set1_epi32(pair), rows[v]);
-        }
-    }
+/* Lines to bring into the second-level cache: [line, end), `rate` of them at each row of a panel. */
+typedef struct {
+    const char *line, *end;
+    int rate;
+} Stream;
+
+INLINE void fetch(Stream *s) {
+    for (int n = 0; n < s->rate && s->line < s->end; n++, s->line += 64) __builtin_prefetch(s->line, 0, 2);
+}
+
+/* Row t of x lies at corner[t / 4] + (t % 4) strides: three pointers that move with k, where one for each row would not fit
+the registers. `KEEP` hides from the compiler that it could have one for each row. */
+#define CORNERS ((TILE + 3) / 4)
+#ifdef __x86_64__
+#define KEEP(pointer) __asm__("" : "+r"(pointer))
 #else
-    /* x was widened to float32 by the caller. */
-    const float_memory *token = x;
-    typedef uint32_t pair_memory __attribute__((vector_size(64), aligned(2), may_alias));
-    for (int64_t k = 0; k < depth; k += 2)
-        for (int v = 0; v < WIDTH; v++) {
-            uvec pairs = *(const pair_memory *)at(w, k * PANEL + v * 2 * LANES, BF16);
-            vec even = (vec)(pairs << 16), odd = (vec)(pairs & 0xffff0000u);
+#define KEEP(pointer)
+#endif
+
+/* sums[t] += x[t][k] w[k] for k in [0, depth). x: float32, for DOT bfloat16; x_stride: elements from row to row. */
+INLINE void multiply(const int NT, vec sums[TILE][WIDTH], const void *x, int64_t x_stride, const void *w,
+                     int64_t depth, Stream *ahead, const int kind) {
+    const int x_dtype = kind == DOT ? BF16 : F32;
+    const char *corners[CORNERS], *end = at(w, depth * PANEL, kind == F32 ? F32 : BF16);
+    for (int c = 0; c < CORNERS; c++) corners[c] = at(x, 4 * c * x_stride, x_dtype);
+    for (const char *row = w; row < end; row += 128) {
+        fetch(ahead);
+#define X(t, k) ((const char *)at(corners[(t) / 4], (t) % 4 * x_stride + (k), x_dtype))
+        if (kind == F32) {
+            vec first = load(row, 0, F32), second = load(row, LANES, F32);
             for (int t = 0; t < NT; t++) {
-                sums[t][v] += token[t * x_stride + k] * even;
-                sums[t][v] += token[t * x_stride + k + 1] * odd;
+                vec token = splat(*(const float_memory *)X(t, 0));
+                sums[t][0] += token * first;
+                sums[t][1] += token * second;
             }
+        } else if (kind == BF16) {
+            typedef uint32_t pair_memory __attribute__((vector_size(64), aligned(2), may_alias));
+            uvec first = *(const pair_memory *)row, second = *(const pair_memory *)(row + 64);
+            vec first_even = (vec)(first << 16), first_odd = (vec)(first & 0xffff0000u);
+            vec second_even = (vec)(second << 16), second_odd = (vec)(second & 0xffff0000u);
+            for (int t = 0; t < NT; t++) {
+                vec even = splat(*(const float_memory *)X(t, 0)), odd = splat(*(const float_memory *)X(t, 1));
+                sums[t][0] += even * first_even;
+                sums[t][1] += even * second_even;
+                sums[t][0] += odd * first_odd;
+                sums[t][1] += odd * second_odd;
+            }
+        } else {
+#if HAS_DOT
+            __m512bh first = (__m512bh)_mm512_loadu_si512(row), second = (__m512bh)_mm512_loadu_si512(row + 64);
+            for (int t = 0; t < NT; t++) {
+                int32_t pair;
+                __builtin_memcpy(&pair, X(t, 0), 4);
+                __m512bh token = (__m512bh)_mm512_set1_epi32(pair);
+                sums[t][0] = (vec)_mm512_dpbf16_ps((__m512)sums[t][0], token, first);
+                sums[t][1] = (vec)_mm512_dpbf16_ps((__m512)sums[t][1], token, second);
+            }
+#endif
         }
+#undef X
+        for (int c = 0; c < CORNERS; c++) {
+            corners[c] = at(corners[c], kind == F32 ? 1 : 2, x_dtype);
+            KEEP(corners[c]);
+        }
+    }
+}
+
+/* Whether bfloat16 products take the dot product; one answer for one machine, so that results repeat. */
+INLINE int takes_dot(void) {
+#if HAS_DOT
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return 0;
 #endif
 }
 
@@ -104,23 +145,35 @@ INLINE void finish(const Linear *l, vec sums[WIDTH], int64_t row, int64_t column
 }
 
 INLINE void tile(const int NT, const Linear *l, int64_t row, int64_t column, const void *x, const void *w,
-                 int64_t first, int64_t depth, vec (*partial)[WIDTH], const int dtype) {
+                 int64_t first, int64_t depth, vec (*partial)[WIDTH], Stream *ahead, const int kind) {
     vec sums[TILE][WIDTH];
     for (int t = 0; t < NT; t++)
         for (int v = 0; v < WIDTH; v++) sums[t][v] = first ? partial[t][v] : splat(0);
-    multiply(NT, sums, x, l->I, w, depth, dtype);
+    multiply(NT, sums, x, l->I, w, depth, ahead, kind);
     int is_last = first + depth == l->I;
     for (int t = 0; t < NT; t++) {
-        if (is_last) finish(l, sums[t], row + t, column, dtype);
+        if (is_last) finish(l, sums[t], row + t, column, kind == F32 ? F32 : BF16);
         else
             for (int v = 0; v < WIDTH; v++) partial[t][v] = sums[t][v];
     }
 }
 
+/* The panel at `column`, to be asked for while another one times `num_rows` rows is computed. Nothing beyond the last
+panel, nor for a single tile, which reads as fast as memory gives anyway. */
+INLINE Stream stream_of(const Linear *l, int64_t column, int64_t num_rows, const int kind) {
+    if (column >= l->O || num_rows <= TILE) return (Stream){0};
+    const int dtype = kind == F32 ? F32 : BF16;
+    int64_t num_lines = l->I * PANEL * ELEMENT_SIZE(dtype) / 64;
+    int64_t num_steps = (num_rows + TILE - 1) / TILE * (l->I / (kind == F32 ? 1 : 2)) + 1;
+    const char *start = at(l->w, column * l->I, dtype);
+    return (Stream){start, start + 64 * num_lines, (int)((num_lines + num_steps - 1) / num_steps)};
+}
+
 /* One panel times rows [first_row, last_row), at most BLOCK_ROWS of them. */
-INLINE void panel(const Linear *l, int64_t column, int64_t first_row, int64_t last_row, const int dtype) {
+INLINE void panel(const Linear *l, int64_t column, int64_t first_row, int64_t last_row, Stream *ahead,
+                  const int kind) {
     vec partial[BLOCK_ROWS][WIDTH];
-    const int x_dtype = dtype == BF16 && HAS_DOT ? BF16 : F32;
+    const int dtype = kind == F32 ? F32 : BF16, x_dtype = kind == DOT ? BF16 : F32;
     int64_t num_tiles = (last_row - first_row + TILE - 1) / TILE;
     for (int64_t first = 0; first < l->I; first += BLOCK_DEPTH) {
         int64_t depth = l->I - first < BLOCK_DEPTH ? l->I - first : BLOCK_DEPTH;
@@ -132,7 +185,7 @@ INLINE void panel(const Linear *l, int64_t column, int64_t first_row, int64_t la
             const void *x = at(l->x, row * l->I + first, x_dtype);
             vec(*part)[WIDTH] = partial + (row - first_row);
             switch (height) {
-#define CASE(n) case n: tile(n, l, row, column, x, w, first, depth, part, dtype); break;
+#define CASE(n) case n: tile(n, l, row, column, x, w, first, depth, part, ahead, kind); break;
                 CASE(1) CASE(2) CASE(3)
 #if TILE == 12
                 CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
@@ -143,39 +196,52 @@ INLINE void panel(const Linear *l, int64_t column, int64_t first_row, int64_t la
     }
 }
 
-#define RUN(d)                                                                            \
-    for (int64_t row = 0; row < num_rows; row += BLOCK_ROWS) {                            \
-        int64_t end = row + BLOCK_ROWS < num_rows ? row + BLOCK_ROWS : num_rows;          \
-        _Pragma("omp for schedule(dynamic) nowait") for (int64_t p = 0; p < num_panels; p++) \
-            panel(&l, p * PANEL, row, end, d);                                            \
+/* Return x as float32, to be freed; NULL when memory ran out. */
+static float *widen(const void *x, int64_t count) {
+    float *widened = malloc(sizeof(float) * (size_t)(count + LANES));
+    if (!widened) return NULL;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(widened, i, load(x, i, BF16), F32);
+    for (; i < count; i++) widened[i] = load_one(x, i, BF16);
+    return widened;
+}
+
+/* Panels times blocks of rows, as threads come for them; each asks for its next panel while it computes one. */
+INLINE void work(const Linear *l, int64_t *next, const int kind) {
+    int64_t num_panels = (l->O + PANEL - 1) / PANEL, total = num_panels * ((l->num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS);
+    int64_t item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    while (item < total) {
+        int64_t following = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED), row = item / num_panels * BLOCK_ROWS;
+        int64_t end = row + BLOCK_ROWS < l->num_rows ? row + BLOCK_ROWS : l->num_rows;
+        int64_t column = following < total ? following % num_panels * PANEL : l->O;
+        Stream ahead = stream_of(l, column, end - row, kind);
+        panel(l, item % num_panels * PANEL, row, end, &ahead, kind);
+        item = following;
     }
+}
 
 /* x: [num_rows, I], bias: [O] or NULL of `dtype`; y: [num_rows, O] of `dtype`, or float32 where out_dtype says so
 (then without add). Returns 0, or 1 when memory ran out. */
 EXPORT int trailmark_linear(void *y, const void *x, const void *w, const void *bias, int64_t num_rows, int64_t I,
                             int64_t O, int add, int dtype, int out_dtype, int num_threads) {
     Linear l = {y, x, w, bias, num_rows, I, O, add, out_dtype};
-    int64_t num_panels = (O + PANEL - 1) / PANEL;
+    int64_t next = 0;
     float *widened = NULL;
-    if (dtype == BF16 && !HAS_DOT) {
-        widened = malloc(sizeof(float) * (size_t)(num_rows * I + 1));
+    if (dtype == BF16 && !takes_dot()) {
+        l.x = widened = widen(x, num_rows * I);
         if (!widened) return 1;
-        for (int64_t i = 0; i < num_rows * I; i++) widened[i] = load_one(x, i, BF16);
-        l.x = widened;
     }
 #pragma omp parallel num_threads(num_threads)
     {
-        if (dtype == F32) {
-            RUN(F32)
-        } else {
-            RUN(BF16)
-        }
+        if (dtype == F32) work(&l, &next, F32);
+        else if (widened) work(&l, &next, BF16);
+        else work(&l, &next, DOT);
     }
     free(widened);
     return 0;
 }
 
-/* 1 where bfloat16 products have their own instruction, so that a bfloat16 base is the faster one. */
+/* 1 where bfloat16 costs no more arithmetic than float32 and half its bytes, so that a bfloat16 base is the faster one. */
 EXPORT int trailmark_has_bf16_dot(void) {
     return HAS_DOT;
 }
