@@ -28,6 +28,7 @@ POPULARITY = {
     "none": [],
     "base only": [(BASE_ROW, 5)],
     "one": [(4, 70)],
+    "one row": [(6, 1)],
     "distinct": [(row, 1) for row in range(NUM_ADAPTERS)],
     "uniform": [(row, 3) for row in reversed(range(NUM_ADAPTERS))],
     "zipf with base": [(BASE_ROW, 2), (10, 9), (0, 5), (7, 4), (3, 2), (9, 1), (BASE_ROW, 1), (1, 1)],
