@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.large_pages import LargePages
 from kernels.native import DTYPE_CODES, Native, check
 
 PANEL = 32
@@ -40,15 +41,16 @@ def can_pack(dtype: torch.dtype, in_size: int) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and in_size % 2 == 0)
 
 
-def pack(weight_OI: Tensor, native: Native) -> PackedWeight:
-    """Copy a weight into panels. weight: [O, I], float32 or bfloat16 (then I is even), on the CPU."""
+def pack(weight_OI: Tensor, native: Native, pages: LargePages | None = None) -> PackedWeight:
+    """Copy a weight into panels, in memory from `pages`. weight: [O, I], float32 or bfloat16 (then I is even)."""
     out_size, in_size = weight_OI.shape
     assert can_pack(weight_OI.dtype, in_size)
     num_panels = -(-out_size // PANEL)
     is_paired = weight_OI.dtype == torch.bfloat16
     shape = (num_panels, in_size // 2, PANEL, 2) if is_paired else (num_panels, in_size, PANEL)
-    data = weight_OI.new_zeros(shape)
+    data = (pages or LargePages(native)).empty(shape, weight_OI.dtype)
     whole = out_size // PANEL
+    data[whole:] = 0
     for panels, rows in ((data[:whole], weight_OI[: whole * PANEL]), (data[whole:], weight_OI[whole * PANEL :])):
         if rows.numel():
             height = min(len(rows), PANEL)

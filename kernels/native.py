@@ -26,7 +26,7 @@ COMPILE_TIMEOUT_S = 300
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-# Function -> argument types, as in the C sources; all but the norms, SiLU and RoPE return 1 when memory ran out.
+# Function -> argument types, as in the C sources; those in `_VOID` return nothing, the others 1 when memory ran out.
 _SIGNATURES: dict[str, list[type]] = {
     "lora_add": [_P, _P, _P, _P, _L, _P, _L, _L, _L, _P, _L, _L, _I, _I, _I],
     "linear": [_P, _P, _P, _P, _L, _L, _L, _I, _I, _I, _I],
@@ -34,9 +34,11 @@ _SIGNATURES: dict[str, list[type]] = {
     "attention": [_P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _L, _I, _I],
     "add_rms_norm": [_P, _P, _P, _P, _L, _L, _F, _I, _I],
     "silu_mul": [_P, _P, _L, _L, _I, _I],
+    "ask_for_large_pages": [_P, _L],
+    "set_num_threads": [_I],
     "has_bf16_dot": [],
 }
-_VOID = ("rope_kv", "add_rms_norm", "silu_mul")
+_VOID = ("rope_kv", "add_rms_norm", "silu_mul", "ask_for_large_pages", "set_num_threads")
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +53,19 @@ class Native:
     attention: Callable[..., int]
     add_rms_norm: Callable[..., None]
     silu_mul: Callable[..., None]
+    ask_for_large_pages: Callable[..., None]
+    set_num_threads: Callable[..., None]
     has_bf16_dot: bool
+
+    def compute_alone(self) -> None:
+        """Make torch and these kernels use one thread when the calling thread computes.
+
+        For threads that work beside the one that steps: libgomp counts the teams of all threads, and once they are
+        more than the processors, its threads sleep at the end of every parallel region instead of waiting for the
+        next. A step has hundreds of regions; waking up took a quarter of it (docs/log.md, 2026-11-25).
+        """
+        torch.get_num_threads()  # torch sets up a thread on first use, and would undo what comes now
+        self.set_num_threads(1)
 
 
 def load(cache: Path) -> Native | None:

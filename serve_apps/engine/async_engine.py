@@ -35,13 +35,18 @@ class AsyncEngine:
     """An `Engine` for asyncio callers. Requests are taken up in the order in which `generate` submits them."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Load the model (blocking) and start the thread. Raises as `Engine`."""
-        self._engine = Engine(config)
+        """Start the thread and wait until it has loaded the model. Raises as `Engine`."""
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._listeners: dict[str, _Listener] = {}
         self._is_closing = threading.Event()
-        self._thread = threading.Thread(target=self._drive, name="trailmark-engine", daemon=True)
+        # The thread that steps loads too: a second one that computes would cost it its waiting OpenMP threads (see
+        # `Native.compute_alone`).
+        built: Future[Engine] = Future()
+        self._thread = threading.Thread(
+            target=self._build_and_drive, args=(config, built), name="trailmark-engine", daemon=True
+        )
         self._thread.start()
+        self._engine = built.result()
 
     @property
     def tokenizer(self) -> Any:
@@ -123,6 +128,15 @@ class AsyncEngine:
         if self._is_closing.is_set():
             raise EngineClosed("the engine is closed; build a new one")
         self._commands.put(command)
+
+    def _build_and_drive(self, config: EngineConfig, built: Future[Engine]) -> None:
+        try:
+            self._engine = Engine(config)
+        except BaseException as error:
+            built.set_exception(error)
+            return
+        built.set_result(self._engine)
+        self._drive()
 
     def _drive(self) -> None:
         """The thread: take commands, step while there is work, wait while there is none."""

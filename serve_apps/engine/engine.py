@@ -241,7 +241,11 @@ def _adapter_pool(config: EngineConfig, spec: ModelSpec, device: torch.device, n
     dtype = resolve_dtype(name, device, native)
     read = partial(read_adapter, spec=spec, dtype=dtype, pin=device.type == "cuda")
     return AdapterPool(
-        HostTier(read, budget_bytes=config.adapter_host_bytes),
+        HostTier(
+            read,
+            budget_bytes=config.adapter_host_bytes,
+            on_thread_start=None if native is None else native.compute_alone,
+        ),
         num_layers=spec.num_layers,
         budget_bytes=config.adapter_cache_bytes,
         max_adapters=config.max_resident_adapters,

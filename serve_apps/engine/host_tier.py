@@ -20,12 +20,19 @@ class HostTier:
     the future that the waiter holds, so that a tier too small for the traffic costs reads and never a request.
     """
 
-    def __init__(self, read: Reader, *, budget_bytes: int, num_threads: int = NUM_LOAD_THREADS) -> None:
-        """`read` turns a reference into a packed adapter, raising EngineError."""
+    def __init__(
+        self,
+        read: Reader,
+        *,
+        budget_bytes: int,
+        num_threads: int = NUM_LOAD_THREADS,
+        on_thread_start: Callable[[], None] | None = None,
+    ) -> None:
+        """`read` turns a reference into a packed adapter, raising EngineError; `on_thread_start` runs once a thread."""
         self._read = read
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="trailmark-load")
+        self._threads = ThreadPoolExecutor(num_threads, "trailmark-load", initializer=on_thread_start)
         self._kept: OrderedDict[str, PackedAdapter] = OrderedDict()
         self._loading: dict[str, tuple[object, Future[PackedAdapter]]] = {}
         self._kept_bytes = 0

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.large_pages import LargePages
 from serve_apps.engine.architecture import ModelSpec
 
 
@@ -168,13 +169,23 @@ class KvCache:
     """Keys and values, [num_layers, 2, slots, kv heads, head_dim]; slot = block id * block size + offset."""
 
     def __init__(
-        self, spec: ModelSpec, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: ModelSpec,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pages: LargePages | None = None,
     ) -> None:
+        """Reserve the cache, on the CPU in memory from `pages` if given."""
         self.block_size = block_size
+        shape = (spec.num_layers, 2, num_blocks * block_size, spec.num_kv_heads, spec.head_dim)
         # Zeros, not empty: padded reads on CUDA multiply masked slots by 0, and 0 * NaN is NaN.
-        self._data = torch.zeros(
-            spec.num_layers, 2, num_blocks * block_size, spec.num_kv_heads, spec.head_dim, dtype=dtype, device=device
-        )
+        if pages is None:
+            self._data = torch.zeros(shape, dtype=dtype, device=device)
+        else:
+            self._data = pages.empty(shape, dtype).zero_()
         self._layers = [(layer[0], layer[1]) for layer in self._data]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.devices import to_device
+from kernels.large_pages import LargePages
 from kernels.lora import MODULES, LoraPool
 from kernels.native import Native
 from serve_apps.engine.arena import Arena
@@ -60,7 +61,9 @@ class LoraMemory:
         self.arena = Arena(budget_bytes // dtype.itemsize, alignment=max(1, ALIGNMENT_BYTES // dtype.itemsize))
         host_table = torch.zeros(max_adapters, num_layers, len(MODULES), 3, dtype=torch.int64)
         self.lora = LoraPool(
-            data=torch.empty(self.arena.size, dtype=dtype, device=device),
+            data=torch.empty(self.arena.size, dtype=dtype, device=device)
+            if native is None
+            else LargePages(native).empty((self.arena.size,), dtype),
             table=host_table.to(device),
             host_table=host_table,
             native=native,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.large_pages import LargePages
 from kernels.lora import LoraPool
 from kernels.native import Native
 from serve_apps.engine.architecture import ModelSpec
@@ -51,7 +52,12 @@ class Runner:
         self.num_blocks = config.num_kv_blocks or self._default_num_blocks(config, spec)
         self._block_size = config.kv_block_size
         self.kv = KvCache(
-            spec, num_blocks=self.num_blocks, block_size=config.kv_block_size, dtype=self.dtype, device=self.device
+            spec,
+            num_blocks=self.num_blocks,
+            block_size=config.kv_block_size,
+            dtype=self.dtype,
+            device=self.device,
+            pages=None if native is None else LargePages(native),
         )
         self.graphs: DecodeGraphs | None = None
         if device.type == "cuda" and config.cuda_graphs:

@@ -1,7 +1,9 @@
 """Loads a Hugging Face folder's safetensors into packed weights, tensor by tensor: never two copies of the model."""
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kernels.linear_cpu import pack
+from kernels.large_pages import LargePages
+from kernels.linear_cpu import PackedWeight, pack
 from kernels.native import Native
 from serve_apps.engine.architecture import GROUPS, ModelSpec
 from serve_apps.engine.errors import CorruptModel
 from serve_apps.engine.model import Layer, Linear, Weights
 
+Packer = Callable[[Tensor], PackedWeight]
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -65,20 +69,21 @@ def load_weights(
     def new(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
+    packer = None if native is None else partial(pack, native=native, pages=LargePages(native))
     with ExitStack() as stack:
         checkpoint = Checkpoint(base_path, stack)
         embedding = new(spec.vocab_size, spec.hidden_size)
         checkpoint.read_into(embedding, "model.embed_tokens.weight")
-        if native is not None and spec.tied:
-            embedding = pack(embedding, native)
-        layers = tuple(_read_layer(checkpoint, spec, index, new, native) for index in range(spec.num_layers))
+        if packer is not None and spec.tied:
+            embedding = packer(embedding)
+        layers = tuple(_read_layer(checkpoint, spec, index, new, packer) for index in range(spec.num_layers))
         norm = new(spec.hidden_size)
         checkpoint.read_into(norm, "model.norm.weight")
         lm_head = embedding
         if not spec.tied:
             lm_head = new(spec.vocab_size, spec.hidden_size)
             checkpoint.read_into(lm_head, "lm_head.weight")
-            lm_head = lm_head if native is None else pack(lm_head, native)
+            lm_head = lm_head if packer is None else packer(lm_head)
         checkpoint.check_all_read(ignore=("rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
     return Weights(embedding, layers, norm, lm_head)
 
@@ -91,7 +96,7 @@ def _shards(base_path: Path) -> list[str]:
     raise CorruptModel(f"{base_path} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model as safetensors")
 
 
-def _read_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, new: Any, native: Native | None) -> Layer:
+def _read_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, new: Any, packer: Packer | None) -> Layer:
     prefix = f"model.layers.{index}."
 
     def vector(name: str, size: int) -> Tensor:
@@ -100,7 +105,7 @@ def _read_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, new: Any, n
         return target
 
     def packed(group: str, block: str) -> Linear:
-        return _read_packed(checkpoint, spec, f"{prefix}{block}.", modules=GROUPS[group], new=new, native=native)
+        return _read_packed(checkpoint, spec, f"{prefix}{block}.", modules=GROUPS[group], new=new, packer=packer)
 
     return Layer(
         input_norm=vector("input_layernorm.weight", spec.hidden_size),
@@ -121,12 +126,12 @@ def _read_packed(
     *,
     modules: tuple[str, ...],
     new: Any,
-    native: Native | None,
+    packer: Packer | None,
 ) -> Linear:
     """Read linears that share their input into one weight, rows of the first above rows of the next."""
     sizes = [spec.linear_shape(module)[0] for module in modules]
     in_size = spec.linear_shape(modules[0])[1]
-    weight_OI = _new_weight(sum(sizes), in_size, new) if native is None else new(sum(sizes), in_size)
+    weight_OI = _new_weight(sum(sizes), in_size, new) if packer is None else new(sum(sizes), in_size)
     has_bias = f"{prefix}{modules[0]}.bias" in checkpoint
     bias = new(sum(sizes)) if has_bias else None
     start = 0
@@ -135,7 +140,7 @@ def _read_packed(
         if bias is not None:
             checkpoint.read_into(bias[start : start + size], f"{prefix}{module}.bias")
         start += size
-    return Linear(weight_OI.t() if native is None else pack(weight_OI, native), bias)
+    return Linear(weight_OI.t() if packer is None else packer(weight_OI), bias)
 
 
 def _new_weight(out_size: int, in_size: int, new: Any) -> Tensor:

@@ -169,3 +169,23 @@ def test_what_slips_in_while_the_engine_closes_is_answered(
         assert await unload is False
 
     asyncio.run(main())
+
+
+def test_a_model_that_cannot_be_loaded_raises_and_leaves_no_thread(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=str(tmp_path)):
+        AsyncEngine(EngineConfig(str(tmp_path)))
+    assert not any(thread.name == "trailmark-engine" and thread.is_alive() for thread in threading.enumerate())
+
+
+def test_the_thread_that_steps_has_loaded_the_model(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve_apps.engine import async_engine
+
+    loaded_on: list[str] = []
+
+    def engine_on_record(config: EngineConfig) -> object:
+        loaded_on.append(threading.current_thread().name)
+        return engine_for(tiny_base)
+
+    monkeypatch.setattr(async_engine, "Engine", engine_on_record)
+    AsyncEngine(EngineConfig(str(tiny_base))).close()
+    assert loaded_on == ["trailmark-engine"]

@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
+from configs import env
+from kernels.native import load
 from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.errors import CorruptAdapter
 from serve_apps.engine.host_tier import HostTier
@@ -97,3 +99,23 @@ def test_an_adapter_discarded_while_it_is_read_is_not_kept() -> None:
     assert tier.stats()["adapter_host_bytes"] == 2 and disk.reads["2"] == 2
     assert tier.discard("2") and tier.stats()["adapter_host_bytes"] == 0
     tier.check_integrity()
+
+
+def test_threads_that_load_compute_alone_and_the_caller_as_before() -> None:
+    native = load(env.cache_home())
+    if native is None:
+        pytest.skip("no C compiler here")
+    seen: list[int] = []
+
+    def read(adapter: AdapterRef) -> PackedAdapter:
+        seen.append(torch.get_num_threads())
+        return Disk()(adapter)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        tier = HostTier(read, budget_bytes=10, on_thread_start=native.compute_alone)
+        tier.obtain(ref(1))
+        assert seen == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
