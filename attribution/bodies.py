@@ -257,6 +257,21 @@ class RedactionBody:
     reason: str
 
 
+@dataclass(frozen=True)
+class ModelSignatureBody:
+    """The files of an artefact were signed for tools that know no log; `signature` is the blob of the signature.
+
+    `format` and `algorithm` say which kind of signature it is, `public_key` is the PEM that checks it.
+    """
+
+    name: str
+    digest: Digest
+    format: str
+    algorithm: str
+    public_key: str
+    signature: Digest
+
+
 Body = (
     ContributorBody
     | KeyBody
@@ -276,6 +291,7 @@ Body = (
     | InfluenceBody
     | StatementBody
     | RedactionBody
+    | ModelSignatureBody
 )
 
 BODY_OF_KIND: dict[str, type[Body]] = {
@@ -297,5 +313,6 @@ BODY_OF_KIND: dict[str, type[Body]] = {
     "influence": InfluenceBody,
     "statement": StatementBody,
     "redaction": RedactionBody,
+    "model_signature": ModelSignatureBody,
 }
 KINDS = tuple(BODY_OF_KIND)

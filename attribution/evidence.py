@@ -87,7 +87,7 @@ def measured_adapters(trail: "Trail", reference: str | None = None) -> list[Meas
     benchmarks: dict[str, list[Measured]] = defaultdict(list)
     for entry in trail.entries(kind="benchmark"):
         if entry.record is not None and isinstance(entry.record.body, BenchmarkBody):
-            confidence = _confidence(trail, entry.record.config)
+            confidence = recorded_confidence(trail, entry.record.config)
             benchmarks[entry.record.body.adapter].append(Measured(entry.leaf_hash, entry.record.body, confidence))
     found: dict[str, MeasuredAdapter] = {}
     for entry in trail.entries(kind="adapter"):
@@ -207,7 +207,7 @@ def dataset_scores(
     return sums
 
 
-def _confidence(trail: "Trail", config: str | None) -> float | None:
+def recorded_confidence(trail: "Trail", config: str | None) -> float | None:
     """Return the confidence that a benchmark's stored configuration names (floats are stored as text)."""
     if not config or not trail.store.has(config):
         return None

@@ -111,7 +111,8 @@ class Registry:
 
 def _not_found(reference: str, published: list[Published], kind: str | None) -> str:
     what = kind or "artefact"
-    near = get_close_matches(reference, [item.reference for item in published] + [item.name for item in published], n=3)
+    names = dict.fromkeys([item.reference for item in published] + [item.name for item in published])
+    near = get_close_matches(reference, list(names), n=3)
     if near:
         return f"{what} {reference!r}: not published; did you mean {', '.join(near)}?"
     known = ", ".join(item.reference for item in published[-8:])

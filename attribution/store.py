@@ -134,9 +134,7 @@ class Store:
             raise StoreError(f"directory {digest}: not in the store {self.root}") from error
         if digest_of(data) != digest:
             raise StoreError(f"directory {digest}: {MANIFEST} was altered; its digest is {digest_of(data)}")
-        loaded = json.loads(data)
-        files = tuple(ManifestFile(entry["path"], entry["sha256"], entry["bytes"]) for entry in loaded["files"])
-        return Manifest(loaded["kind"], loaded["meta"], files)
+        return _parse_manifest(data)
 
     def get_directory(self, digest: str, verify: bool = True) -> Path:
         """Return the folder of a digest.
@@ -175,6 +173,25 @@ class Store:
 
     def _directory_path(self, digest: str) -> Path:
         return self.root / "dirs" / _hexadecimal(digest)
+
+
+def open_directory(folder: Path) -> tuple[str, Manifest]:
+    """Return digest and manifest of a stored directory that was copied anywhere, once its files are what that says.
+
+    StoreError names the file that is missing, altered or added.
+    """
+    try:
+        data = (folder / MANIFEST).read_bytes()
+        manifest = _parse_manifest(data)
+    except OSError as error:
+        raise StoreError(f"directory {folder}: holds no {MANIFEST}, by which its digest is known") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"directory {folder}: its {MANIFEST} is not one that a store writes") from error
+    if manifest.canonical() != data:
+        raise StoreError(f"directory {folder}: its {MANIFEST} is not one that a store writes")
+    digest = digest_of(data)
+    _verify_files(folder, manifest, digest)
+    return digest, manifest
 
 
 def sync_directory(path: Path) -> None:
@@ -262,6 +279,12 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
         if source.is_file():
             found.append((source, name))
     return sorted(found, key=lambda pair: pair[1])
+
+
+def _parse_manifest(data: bytes) -> Manifest:
+    loaded = json.loads(data)
+    files = tuple(ManifestFile(entry["path"], entry["sha256"], entry["bytes"]) for entry in loaded["files"])
+    return Manifest(loaded["kind"], loaded["meta"], files)
 
 
 def _verify_files(folder: Path, manifest: Manifest, digest: str) -> None:

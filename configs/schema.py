@@ -118,6 +118,9 @@ class ServeSettings(Section):
     num_threads: int = Field(2, ge=1, description="torch threads per replica")
     num_replicas: int = Field(1, ge=1)
     default_max_tokens: int = Field(128, ge=1)
+    model_signatures: Literal["off", "present", "required"] = Field(
+        "present", description="before an adapter is loaded: a signature it has must hold; `required`: it must have one"
+    )
     require_api_key: bool = Field(True, description="false lets anyone who reaches the port call the API")
     max_running_requests: int = Field(256, ge=1, description="more at once are answered 429")
     attribution_timeout_s: float = Field(120.0, gt=0)

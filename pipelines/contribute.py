@@ -15,10 +15,10 @@ import pyarrow as pa
 import rfc8785
 
 from attribution.bodies import ContributorBody, DatasetBody
+from attribution.licences import canonical_licence
 from attribution.records import Artefact, Party
 from configs.errors import UserError
 from configs.schema import ContributeSettings
-from pipelines.licences import canonical_licence
 from pipelines.refine.canonical import content_id
 from pipelines.refine.read import contributor_entries
 from pipelines.refine.table import CONTRIBUTED, ROWS_FILE, write_table

@@ -7,7 +7,8 @@ from attribution.registry import NAME_RULE, PUBLISHED_NAME
 from configs.errors import UserError
 
 if TYPE_CHECKING:
-    from attribution.trail import Entry, Trail
+    from attribution.records import Artefact
+    from attribution.trail import Draft, Entry, Trail
 
 
 class PublishError(UserError):
@@ -17,7 +18,8 @@ class PublishError(UserError):
 def publish(trail: "Trail", name: str, digest: str, kind: str = "adapter") -> "Entry":
     """Record that the next version of `name` is `digest`.
 
-    The artefact must be the output of a record of this trail and lie unaltered in its store.
+    The artefact must be the output of a record of this trail and lie unaltered in its store. An adapter also gets a
+    model signature, recorded in the same group unless it has one of this home's key.
 
     Raises:
         PublishError: a bad name, an unknown digest, or one of another kind.
@@ -26,20 +28,23 @@ def publish(trail: "Trail", name: str, digest: str, kind: str = "adapter") -> "E
     from attribution.bodies import PublicationBody
     from attribution.records import Artefact, Party
     from attribution.registry import RegistryError
+    from attribution.trail import Draft
 
     require_name(name)
     _require_artefact(trail, digest, kind)
+    artefact = Artefact(kind, name, digest)
+    signing, signatures = _signature(trail, digest, kind)
     while True:
         version = trail.registry.next_version(name)
-        artefact = Artefact(kind, name, digest)
+        publication = Draft(
+            "publication",
+            PublicationBody(name=name, version=version, artefact_kind=kind, digest=digest),
+            inputs=(artefact, *signatures),
+            outputs=(artefact,),
+            contributors=(Party(trail.keys.get("operator").key_id, "operator"),),
+        )
         try:
-            return trail.record(
-                "publication",
-                PublicationBody(name=name, version=version, artefact_kind=kind, digest=digest),
-                inputs=(artefact,),
-                outputs=(artefact,),
-                contributors=(Party(trail.keys.get("operator").key_id, "operator"),),
-            )
+            return trail.record_many([*signing, publication])[-1]
         except RegistryError:
             if trail.registry.next_version(name) == version:
                 raise  # not taken by another process meanwhile: the name itself is refused
@@ -61,6 +66,17 @@ def newest_adapter(trail: "Trail", name: str) -> str:
         known = ", ".join(sorted(newest)) or "none yet"
         raise PublishError(f"name {name!r}: no adapter was trained under it; trained: {known}; or give its digest")
     return newest[name]
+
+
+def _signature(trail: "Trail", digest: str, kind: str) -> "tuple[list[Draft], list[Artefact]]":
+    """The record to append beside an adapter's publication, if any, and the signature the publication names."""
+    from attribution.records import Artefact
+    from attribution.signed_models import signature_draft
+
+    if kind != "adapter" or not trail.store.path_of(digest).is_dir():
+        return [], []
+    found = signature_draft(trail, digest)
+    return ([], [found]) if isinstance(found, Artefact) else ([found], list(found.outputs))
 
 
 def _require_artefact(trail: "Trail", digest: str, kind: str) -> None:

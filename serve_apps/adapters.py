@@ -1,9 +1,14 @@
-"""Adapters are checked against their digest before the engine may read them."""
+"""Adapters are checked against their digest and their model signature before the engine may read them."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
+from attribution.log.verify import Trust
+from attribution.signed_models import SignedModels
 from attribution.store import Store
+from attribution.trail import TRUST_FILE, Trail
 from serve_apps.calls import AdapterChoice
 from serve_apps.engine.config import AdapterRef
 
@@ -12,19 +17,23 @@ Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
 class VerifiedAdapters:
-    """Hands out adapter folders whose every file has the digest that the manifest says.
+    """Hands out adapter folders whose every file has the digest that the manifest says, and signed as `check` asks.
 
     Hashing happens once; afterwards a request costs one stat per file, and a file that changed since is hashed again,
     so that what the engine reads after an eviction is verified too.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, *, check: Callable[[str], object] = lambda digest: None) -> None:
+        """`check` is called with a digest whose files were hashed, and raises a UserError to refuse it."""
+        self._store, self._check = store, check
         self._verified: dict[str, tuple[Path, Signature]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def ready(self, choice: AdapterChoice) -> AdapterRef:
-        """Return the verified folder. StoreError naming the file when it is not what its digest says."""
+        """Return the verified folder.
+
+        StoreError naming the file when it is not what its digest says, or what `check` raises.
+        """
         known = self._verified.get(choice.digest)
         if known is not None and signature(known[0]) == known[1]:
             return AdapterRef(choice.digest, str(known[0]))
@@ -36,8 +45,20 @@ class VerifiedAdapters:
         self._verified.pop(digest, None)
         before = signature(self._store.get_directory(digest, verify=False))
         path = self._store.get_directory(digest, verify=True)
+        self._check(digest)
         self._verified[digest] = (path, before)  # taken before hashing: a change meanwhile is seen by the next request
         return path
+
+
+def signature_check(trail: Trail, policy: Literal["off", "present", "required"]) -> Callable[[str], object]:
+    """Return what a replica asks of an adapter's model signature (serve.model_signatures), by its digest.
+
+    The call raises ModelSignatureError or StoreError, and VerifyError when trust.json is unusable.
+    """
+    if policy == "off":
+        return lambda digest: None
+    signed = SignedModels(trail, Trust.load(trail.home / TRUST_FILE).keys)
+    return lambda digest: signed.check(digest, is_required=policy == "required")
 
 
 def signature(folder: Path) -> Signature:

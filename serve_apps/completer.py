@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
+from attribution.model_signature import ModelSignatureError
 from attribution.store import StoreError
 from serve_apps.adapters import VerifiedAdapters
 from serve_apps.calls import Answer, Call, Delta, Piece
@@ -135,7 +136,7 @@ class Completer:
         if call.adapter is not None:
             try:
                 ref = await self._adapters.ready(call.adapter)
-            except (StoreError, OSError) as error:
+            except (StoreError, ModelSignatureError, OSError) as error:
                 logger.error("adapter %s refused: %s", call.adapter.name, error)
                 raise tampered(call.adapter.name, call.adapter.digest) from None
         return Request(call.receipt_id, call.prompt_token_ids, call.sampling, ref, call.tenant)

@@ -108,10 +108,10 @@ def unrecognised(param: str, known: Iterable[str]) -> ApiError:
 
 
 def tampered(name: str, digest: str) -> ApiError:
-    """500: an adapter whose files are not what was published; clients are told that trying again is useless."""
+    """500: an adapter whose files or signature are not what was published; clients are told that trying is useless."""
     message = (
-        f"The adapter `{name}` is not served: its files do not have the digest {digest} under which it was published. "
-        "Tell the operator."
+        f"The adapter `{name}` is not served: its files do not have the digest {digest} under which it was published, "
+        "or lack the signature that this server asks for. Tell the operator."
     )
     return ApiError(Problem(500, message, code="adapter_integrity", type="server_error", param="model", retry=False))
 

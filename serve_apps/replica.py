@@ -14,7 +14,7 @@ from attribution.receipts import DamagedTable, ReceiptError, ReceiptRow
 from attribution.records import RecordError
 from attribution.trail import Trail
 from configs.schema import ServeSettings
-from serve_apps.adapters import VerifiedAdapters
+from serve_apps.adapters import VerifiedAdapters, signature_check
 from serve_apps.calls import Answer, Call, Piece
 from serve_apps.completer import Completer
 from serve_apps.engine.async_engine import AsyncEngine
@@ -70,7 +70,8 @@ class Replica:
         log = ActorReceiptLog(trail, server=server)
         self._engine = AsyncEngine(engine_config(settings, base_path=base_path, base_digest=base_digest))
         self._receipts = Receipts(log, spool, owner=server.replica, flush_s=settings.receipt_flush_s)
-        self._completer = Completer(self._engine, VerifiedAdapters(trail.store), self._receipts, server=server)
+        adapters = VerifiedAdapters(trail.store, check=signature_check(trail, settings.model_signatures))
+        self._completer = Completer(self._engine, adapters, self._receipts, server=server)
 
     async def complete(self, call: Call) -> Answer | Problem:
         """Answer one call in one piece."""

@@ -1,12 +1,16 @@
 """`trailmark verify` and `trailmark log`: check a file offline, look at the log, take proofs out of it."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from attribution.log.verify import Verified
     from attribution.trail import Entry
 
@@ -14,39 +18,68 @@ KEYS_OPTION = typer.Option("--keys", help="Trust file: {version, log, keys}. Def
 OUT_OPTION = typer.Option("--out", "-o", help="Write to this file instead of the screen.")
 SHOWN_LAST = ("log", "tree_size", "root", "keys")
 
+
+class _FileByDefault(TyperGroup):
+    """`trailmark verify FILE` means `trailmark verify file FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["file", *args]
+        return super().parse_args(ctx, args)
+
+
+verify_app = typer.Typer(
+    cls=_FileByDefault, help="Verify offline; `verify FILE` checks a receipt or record proof.", no_args_is_help=True
+)
 log_app = typer.Typer(help="Look at the transparency log and take proofs out of it.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
     """Add `verify` and `log` to the command."""
-    app.command()(verify)
+    app.add_typer(verify_app, name="verify")
     app.add_typer(log_app, name="log")
 
 
+@verify_app.command("file")
 def verify(
     file: Annotated[Path, typer.Argument(help="A receipt or record proof (JSON).")],
     keys: Annotated[Path | None, KEYS_OPTION] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print checks and facts as one JSON object.")] = False,
 ) -> None:
     """Verify a receipt or record proof offline: no network, no log, no cluster. Exits 1 when a check fails."""
-    from attribution.log.proved import VerifyError
     from attribution.log.verify import Trust, verify_file
     from configs.env import home
 
-    try:
-        verified = verify_file(file, trust=Trust.load(keys or home() / "trust.json"))
-    except VerifyError as error:
-        if as_json:
-            typer.echo(json.dumps({"verified": False, "check": error.check, "reason": error.reason}))
-        else:
-            typer.secho(f"NOT VERIFIED  {file}", fg=typer.colors.RED, bold=True, err=True)
-            typer.echo(f"  failed check: {error.check}\n  {error.reason}", err=True)
-        raise typer.Exit(1) from None
-    if as_json:
-        result = {"verified": True, "kind": verified.kind, "checks": verified.checks, "facts": verified.facts}
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
-        return
-    _print_verified(file, verified)
+    _tell(file, lambda: verify_file(file, trust=Trust.load(keys or home() / "trust.json")), as_json=as_json)
+
+
+@verify_app.command("adapter")
+def adapter(
+    target: Annotated[
+        str, typer.Argument(metavar="DIR|ADAPTER", help="An exported folder, or NAME@VERSION, NAME or digest.")
+    ],
+    keys: Annotated[Path | None, KEYS_OPTION] = None,
+    signature: Annotated[Path | None, typer.Option(help="Model signature; default: model.sig beside DIR.")] = None,
+    proof: Annotated[
+        list[Path] | None, typer.Option(help="Record proof, repeatable; default: proof.json, *.proof.json beside DIR.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print checks and facts as one JSON object.")] = False,
+) -> None:
+    """Verify an adapter offline: its files, its model signature, its place in the log. Exits 1 when a check fails.
+
+    A name is looked up in this home; a folder needs only the files beside it and the log's trust.json.
+    """
+    from attribution.log.verify import Trust
+    from attribution.verify_adapter import verify_adapter, verify_adapter_of
+    from configs.env import home
+
+    folder = Path(target)
+    trust_file = keys or (home() / "trust.json")
+    if folder.is_dir():
+        verify = partial(verify_adapter, folder, signature=signature, proofs=proof or ())
+    else:
+        verify = partial(verify_adapter_of, home(), target)
+    _tell(target, lambda: verify(trust=Trust.load(trust_file)), as_json=as_json)
 
 
 @log_app.command("show")
@@ -100,6 +133,26 @@ def receipt(
     _write(receipt_bundle(Trail.open(create=False), receipt_id), out)
 
 
+def _tell(what: Path | str, verify: "Callable[[], Verified]", *, as_json: bool) -> None:
+    """Print what was shown, or the check that failed, which exits 1."""
+    from attribution.log.proved import VerifyError
+
+    try:
+        verified = verify()
+    except VerifyError as error:
+        if as_json:
+            typer.echo(json.dumps({"verified": False, "check": error.check, "reason": error.reason}))
+        else:
+            typer.secho(f"NOT VERIFIED  {what}", fg=typer.colors.RED, bold=True, err=True)
+            typer.echo(f"  failed check: {error.check}\n  {error.reason}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        result = {"verified": True, "kind": verified.kind, "checks": verified.checks, "facts": verified.facts}
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    _print_verified(what, verified)
+
+
 def _write(value: dict[str, Any], out: Path | None) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     if out is None:
@@ -109,7 +162,7 @@ def _write(value: dict[str, Any], out: Path | None) -> None:
     typer.echo(f"{out}: {len(text.encode()) / 1000:.0f} kB; check it with `trailmark verify {out}`")
 
 
-def _print_verified(file: Path, verified: "Verified") -> None:
+def _print_verified(file: Path | str, verified: "Verified") -> None:
     typer.secho(f"VERIFIED  {file}  ({verified.kind})", fg=typer.colors.GREEN, bold=True)
     for check in verified.checks:
         name, _, rest = check.partition(": ")

@@ -295,3 +295,14 @@ def _benchmark(log: ExampleLog) -> None:
         outputs=[Artefact("table", "fictional-facts.details", details)],
         time_us=log.tick(10),
     )
+
+
+def add_adapter_directory(trail: Trail, folder: Path, name: str) -> str:
+    """Record a directory of two files as the adapter that training under `name` made; return its digest."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(f'{{"r": 8, "name": "{name}"}}')
+    (folder / "adapter_model.safetensors").write_bytes(name.encode())
+    digest = trail.store.put_directory(folder, kind="adapter", meta={})
+    body = AdapterBody(name, digest, digest, 8, 16, ("q_proj",), 1, 1, 0, 0, digest)
+    trail.record("adapter", body, outputs=[Artefact("adapter", name, digest)])
+    return digest

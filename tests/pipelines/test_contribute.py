@@ -11,10 +11,10 @@ import pytest
 import rfc8785
 
 from attribution.bodies import ContributorBody, DatasetBody
+from attribution.licences import LicenceError
 from attribution.records import Artefact, Party, signers_of
 from configs.schema import ContributeSettings
 from pipelines.contribute import METADATA_KEY, ContributeError, add_contributor, contribute
-from pipelines.licences import LicenceError
 from pipelines.refine.read import contributions, contributor_names
 from pipelines.row_files import RowFileError
 

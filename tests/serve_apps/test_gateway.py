@@ -12,6 +12,7 @@ import pytest
 import rfc8785
 
 from attribution.receipts import find_receipt, new_receipt_id, receipt_content
+from attribution.signed_models import sign
 from serve_apps import gateway
 from serve_apps.calls import Call, Delta, Piece
 from serve_apps.errors import overloaded
@@ -308,6 +309,22 @@ def test_a_tampered_adapter_is_refused_and_the_others_go_on(
                 assert error(refused)["code"] == "adapter_integrity"
             assert (await client.post("/v1/chat/completions", json=chat(model="rank8-all"))).status_code == 200
             assert str(tmp_path) not in refused.text
+
+    asyncio.run(body())
+
+
+def test_a_server_that_asks_for_signatures_refuses_an_adapter_until_it_is_signed(
+    published: Published, tiny_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    async def body() -> None:
+        async with opened(published, tmp_path, model_signatures="required") as (_, client):
+            source = shutil.copytree(tiny_adapters["rank2-attention"], tmp_path / "copy")
+            (source / "note.txt").write_text("published without a signature")
+            digest = publish(published.trail, "unsigned", source, base_digest=published.base.digest)
+            refused = await client.post("/v1/chat/completions", json=chat(model="unsigned"))
+            assert (refused.status_code, error(refused)["code"]) == (500, "adapter_integrity")
+            assert sign(published.trail, digest)
+            assert (await client.post("/v1/chat/completions", json=chat(model="unsigned"))).status_code == 200
 
     asyncio.run(body())
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from configs.schema import ServeSettings
-from serve_apps.adapters import VerifiedAdapters
+from serve_apps.adapters import VerifiedAdapters, signature_check
 from serve_apps.apikeys import ApiKeys, keys_path
 from serve_apps.completer import Completer
 from serve_apps.engine.async_engine import AsyncEngine
@@ -33,7 +33,8 @@ class World:
         log = TrailReceiptLog(trail, replica="replica-1", base_digest=published.base.digest)
         self.receipts = Receipts(log, Spool(home / "spool"), owner="test", flush_s=settings.receipt_flush_s)
         self.engine = AsyncEngine(EngineConfig(published.base.path, max_model_len=128, max_num_seqs=8))
-        completer = Completer(self.engine, VerifiedAdapters(trail.store), self.receipts, server=server)
+        adapters = VerifiedAdapters(trail.store, check=signature_check(trail, settings.model_signatures))
+        completer = Completer(self.engine, adapters, self.receipts, server=server)
         backend = LocalBackend(completer)
         self.gateway = Gateway(trail=trail, settings=settings, base=published.base, backend=backend)
         self.keys = ApiKeys(keys_path(trail.home))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.licences import KNOWN_LICENCES, LicenceError, canonical_licence
+from attribution.licences import KNOWN_LICENCES, LicenceError, canonical_licence
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Which model signature an adapter has: made at publication, recorded in the log, looked up before it is loaded.
+
+The record binds the P-256 key and the signature to the operator's Ed25519 key: trust.json is all a reader trusts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from attribution.bodies import ModelSignatureBody
+from attribution.model_signature import (
+    ALGORITHM,
+    FORMAT,
+    ModelSignatureError,
+    ensure_model_key,
+    sign_model,
+    verify_model,
+)
+from attribution.records import Artefact, Party, RecordError, signers_of
+
+if TYPE_CHECKING:
+    from attribution.trail import Draft, Entry, Trail
+
+KIND = "model_signature"
+
+
+@dataclass(frozen=True)
+class SignedModel:
+    """A recorded model signature: its leaf hash and what the record says."""
+
+    leaf_hash: str
+    body: ModelSignatureBody
+
+
+class SignedModels:
+    """The newest model signature of each artefact; every call catches up with the log."""
+
+    def __init__(self, trail: "Trail", operators: Mapping[str, bytes]) -> None:
+        """`operators`: the keys (id -> 32 bytes) whose records count; others' are passed over."""
+        self._trail, self._operators = trail, operators
+        self._newest: dict[str, SignedModel] = {}
+        self._cursor = 0
+
+    def of(self, digest: str) -> SignedModel | None:
+        """Return the signature of an artefact, None when it has none."""
+        self._trail.refresh()
+        size = self._trail.log.size
+        for entry in self._trail.entries(start=self._cursor, kind=KIND):
+            if entry.record is not None and isinstance(entry.record.body, ModelSignatureBody) and self._counts(entry):
+                self._newest[entry.record.body.digest] = SignedModel(entry.leaf_hash, entry.record.body)
+        self._cursor = size
+        return self._newest.get(digest)
+
+    def check(self, digest: str, *, is_required: bool = False) -> SignedModel | None:
+        """Return the signature of an artefact of the store once it holds, None when there is none.
+
+        The files are not hashed here: check them against the manifest first (Store.get_directory).
+
+        Raises:
+            ModelSignatureError: it does not hold, or there is none and `is_required`.
+            StoreError: the signature or the manifest is missing or altered.
+        """
+        signed = self.of(digest)
+        if signed is None:
+            if is_required:
+                raise ModelSignatureError(f"adapter {digest}: has no model signature; run `trailmark sign {digest}`")
+            return None
+        bundle, manifest = self._trail.store.get_blob(signed.body.signature), self._trail.store.manifest(digest)
+        verify_model(bundle, manifest, public_pem=signed.body.public_key)
+        return signed
+
+    def _counts(self, entry: "Entry") -> bool:
+        assert entry.envelope is not None, "an entry with a record has its envelope"
+        try:
+            return bool(signers_of(entry.envelope, self._operators))
+        except RecordError:
+            return False
+
+
+def signature_draft(trail: "Trail", digest: str) -> "Draft | Artefact":
+    """Return the record to append that signs an adapter directory, or the signature that is recorded already."""
+    from attribution.trail import Draft
+
+    key, name = ensure_model_key(trail.home), _name(trail, digest)
+    blob = trail.store.put_blob(sign_model(name, trail.store.manifest(digest), key))
+    signature = Artefact("signature", name, blob)
+    if trail.find(blob) is not None:
+        return signature
+    return Draft(
+        KIND,
+        ModelSignatureBody(name, digest, FORMAT, ALGORITHM, key.public_pem, blob),
+        inputs=(Artefact("adapter", name, digest),),
+        outputs=(signature,),
+        contributors=(Party(trail.keys.get("operator").key_id, "operator"),),
+    )
+
+
+def sign(trail: "Trail", digest: str) -> bool:
+    """Record a signature of an adapter directory, whose files are checked first; return False when it has it already.
+
+    Raises StoreError when its files are missing or altered.
+    """
+    trail.store.get_directory(digest)
+    draft = signature_draft(trail, digest)
+    if isinstance(draft, Artefact):
+        return False
+    made = trail.find(digest)
+    named = [item.leaf_hash for item in trail.registry.list(kind="adapter") if item.digest == digest]
+    parents = ([] if made is None else [made.leaf_hash]) + named  # so that its proof also proves the names
+    trail.record_many([replace(draft, parents=parents)])
+    return True
+
+
+def _name(trail: "Trail", digest: str) -> str:
+    """What the adapter's record calls it, or the digest when that was erased."""
+    entry = trail.find(digest)
+    outputs = () if entry is None or entry.record is None else entry.record.outputs
+    return next((output.name for output in outputs if output.digest == digest), digest)
