@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MICRO = 1_000_000
 LOWER_IS_BETTER = frozenset({"loss"})
+NO_EFFECT = "no measurable effect"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def measured_adapters(trail: "Trail", reference: str | None = None) -> list[Meas
     benchmarks: dict[str, list[Measured]] = defaultdict(list)
     for entry in trail.entries(kind="benchmark"):
         if entry.record is not None and isinstance(entry.record.body, BenchmarkBody):
-            confidence = _confidence(trail, entry.record.config)
+            confidence = recorded_confidence(trail, entry.record.config)
             benchmarks[entry.record.body.adapter].append(Measured(entry.leaf_hash, entry.record.body, confidence))
     found: dict[str, MeasuredAdapter] = {}
     for entry in trail.entries(kind="adapter"):
@@ -129,6 +130,21 @@ def version_change(
             differences = np.array([float(after[i][column]) - float(before[i][column]) for i in shared])
             changes[metric] = resampled_mean(differences, num_draws=num_draws, seed=seed, confidence=confidence)
     return changes
+
+
+def recorded_confidence(trail: "Trail", config: str | None) -> float | None:
+    """Return the confidence that a benchmark's stored configuration names (floats are stored as text)."""
+    if not config or not trail.store.has(config):
+        return None
+    value = trail.get_json(config).get("confidence")
+    return None if value is None else float(value)
+
+
+def verdict_of(metric: str, spread: Spread) -> str:
+    """Say whether a difference in a metric is an improvement, a loss, or cannot be told from nothing."""
+    if not spread.is_distinct:
+        return NO_EFFECT
+    return "improved" if (spread.value < 0) == (metric in LOWER_IS_BETTER) else "worsened"
 
 
 def contributions(trail: "Trail", adapter: MeasuredAdapter) -> tuple[str | None, list[Contribution]]:
@@ -205,14 +221,6 @@ def dataset_scores(
             if name in sums:
                 sums[name][index] += score
     return sums
-
-
-def _confidence(trail: "Trail", config: str | None) -> float | None:
-    """Return the confidence that a benchmark's stored configuration names (floats are stored as text)."""
-    if not config or not trail.store.has(config):
-        return None
-    value = trail.get_json(config).get("confidence")
-    return None if value is None else float(value)
 
 
 def _by_item(trail: "Trail", details: str) -> dict[str, dict[str, float]]:
