@@ -29,17 +29,17 @@ class Lineage:
     def ancestors(self, leaf_hash: str) -> list["Entry"]:
         """Return every record that `leaf_hash` was made from, directly or not, in log order."""
         start = self._number(leaf_hash)
-        return self._entries(self._ask(lambda graph: graph.up([start]).keys() - {start}))
+        return self._entries(self.ask(lambda graph: graph.up([start]).keys() - {start}))
 
     def descendants(self, leaf_hash: str) -> list["Entry"]:
         """Return every record made from `leaf_hash`, directly or not, in log order."""
         start = self._number(leaf_hash)
-        return self._entries(self._ask(lambda graph: _all(graph.down([start]))))
+        return self._entries(self.ask(lambda graph: _all(graph.down([start]))))
 
     def path(self, ancestor: str, descendant: str) -> list["Entry"]:
         """Return a shortest chain of records from `ancestor` to `descendant`, both included; empty if there is none."""
         first, last = self._number(ancestor), self._number(descendant)
-        return [self._trail.entry(number) for number in self._ask(lambda graph: graph.path([first], [last]))]
+        return [self._trail.entry(number) for number in self.ask(lambda graph: graph.path([first], [last]))]
 
     def graph(self, leaf_hash: str, depth: int | None = None) -> dict[str, list[dict[str, Any]]]:
         """Return the ancestors and descendants of a record, and itself, as JSON.
@@ -54,7 +54,7 @@ class Lineage:
             below = _all(graph.down([start])) if depth is None else set(graph.down_steps([start], depth=depth))
             return below | set(graph.up([start], depth=depth))
 
-        entries = self._entries(self._ask(reached))
+        entries = self._entries(self.ask(reached))
         nodes = [_node(entry) for entry in entries]
         shown = {node["id"] for node in nodes}
         edges = [
@@ -68,13 +68,14 @@ class Lineage:
     def closure(self, leaf_hashes: Iterable[str]) -> list[str]:
         """Return the given leaf hashes and all their ancestors, each once, in log order."""
         starts = [self._number(leaf_hash) for leaf_hash in leaf_hashes]
-        return self._ask(lambda graph: graph.leaf_hashes(graph.up(starts)))
+        return self.ask(lambda graph: graph.leaf_hashes(graph.up(starts)))
 
     def contributor_names(self) -> dict[str, str]:
         """Return the name of each contributor by key id."""
-        return self._ask(lambda graph: graph.contributor_names())
+        return self.ask(lambda graph: graph.contributor_names())
 
-    def _ask(self, question: Callable[[LineageGraph], Result]) -> Result:
+    def ask(self, question: Callable[[LineageGraph], Result]) -> Result:
+        """Return what `question` finds in the graph as it is now."""
         return self._index.ask(lambda database: question(LineageGraph(self._index, database)))
 
     def _number(self, leaf_hash: str) -> int:

@@ -181,7 +181,8 @@ def _version(trail: "Trail", queries: LineageQueries, text: str) -> _Version:
     entry = trail.entry(reference.above[0])
     if entry.record is None:
         raise LineageError(f"{text!r}: its record was erased, so nothing is left to compare")
-    return queries.ask(lambda graph: _read(trail, graph, reference, entry.record))
+    record = entry.record
+    return queries.ask(lambda graph: _read(trail, graph, reference, record))
 
 
 def _read(trail: "Trail", graph: LineageGraph, reference: Reference, record: Record) -> _Version:

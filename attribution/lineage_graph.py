@@ -196,12 +196,12 @@ def page_of(
 
     The second is None when there is nothing more.
     """
-    chosen = [ids for kind, ids in found.items() if not kinds or kind in kinds]
-    merged = np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.uint32)
-    end = len(merged) if before is None else int(np.searchsorted(merged, before))
-    start = max(0, end - limit)
-    page = merged[start:end][::-1].tolist()
-    return page, page[-1] if start and page else None
+    newest: list[int] = []
+    for ids in (ids for kind, ids in found.items() if not kinds or kind in kinds):
+        end = len(ids) if before is None else int(np.searchsorted(ids, before))
+        newest += ids[max(0, end - limit - 1) : end].tolist()  # one more than a page tells whether there is another
+    page = sorted(newest, reverse=True)[:limit]
+    return page, page[-1] if len(newest) > limit else None
 
 
 def _distinct(packed: bytes) -> Ids:

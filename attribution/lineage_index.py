@@ -12,6 +12,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -164,7 +165,7 @@ class LineageIndex:
                     raise reason.__cause__ from None  # made anew, and still: it is the log that is wrong
                 was_stale = True
                 logger.warning("index %s: %s; it is made anew from the log", self.path, reason)
-                self._start_over(database, only_if=lambda state=state: self._state(database) == state)
+                self._start_over(database, only_if=partial(self._is_still, database, state))
 
     def _is_level(self, state: "tuple[str, Mark]", checkpoint: Checkpoint) -> bool:
         """Whether the index is as new as the log. _Stale when it is no view of this log."""
@@ -193,6 +194,9 @@ class LineageIndex:
     def _state(self, database: sqlite3.Connection) -> "tuple[str, Mark]":
         row = database.execute("SELECT origin, size, offset, peaks FROM state").fetchone()
         return ("", Mark()) if row is None else (row[0], Mark.unpack(row[1], row[2], row[3]))
+
+    def _is_still(self, database: sqlite3.Connection, state: "tuple[str, Mark]") -> bool:
+        return self._state(database) == state
 
     def _inode(self) -> int | None:
         try:

@@ -5,6 +5,7 @@ import sqlite3
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from attribution.lineage_facts import facts_of
 from attribution.lineage_layout import BLOCK_BITS, BLOCK_IDS, HEADER_ONLY, KIND_BITS, PARENT_SHIFT, LineageError
@@ -45,8 +46,8 @@ class Intake:
         for leaf_hash in self._erased:
             self._forget(leaf_hash)
 
-    def _take(self, number: int, leaf_hash: bytes, leaf: dict[str, "str | int | list[str]"]) -> None:
-        kind, commitment, time_us = str(leaf["kind"]), str(leaf["commitment"]), leaf["time_us"]
+    def _take(self, number: int, leaf_hash: bytes, leaf: dict[str, Any]) -> None:
+        kind, commitment = leaf["kind"], leaf["commitment"]
         code = self._codes.get(kind)
         code = self._new_kind(kind) if code is None else code
         parents = self._numbers(number, leaf["parents"])
@@ -58,10 +59,9 @@ class Intake:
         self._parents[number] = parents
         text = None if kind in HEADER_ONLY else self._take_facts(number, leaf_hash.hex(), kind, commitment)
         packed = array("I", parents).tobytes()
-        self._records.append((number, leaf_hash, code, int(time_us), packed, bytes.fromhex(commitment), text))
+        self._records.append((number, leaf_hash, code, leaf["time_us"], packed, bytes.fromhex(commitment), text))
 
-    def _numbers(self, number: int, hashes: "Sequence[str] | str | int") -> tuple[int, ...]:
-        assert isinstance(hashes, list)
+    def _numbers(self, number: int, hashes: Sequence[str]) -> tuple[int, ...]:
         found = []
         for text in hashes:
             leaf_hash = bytes.fromhex(text)

@@ -17,7 +17,7 @@ from attribution.lineage_graph import Ids, LineageGraph, Node, count, page_of
 from attribution.lineage_index import LineageIndex
 from attribution.lineage_layout import LineageError, UnknownThing
 from attribution.lineage_names import RECEIPT, Reference, candidates, resolve_name, row_digits
-from attribution.receipts import ID_PREFIX, find_receipt
+from attribution.receipts import ID_PREFIX, DamagedTable, ReceiptError, find_receipt
 from attribution.store import Store
 
 if TYPE_CHECKING:
@@ -214,7 +214,12 @@ class LineageQueries:
 
     def _receipt(self, text: str) -> Reference:
         """A receipt stands on the adapter and base that answered it, not on all that its batch stands on."""
-        stored = find_receipt(self._trail, text)
+        try:
+            stored = find_receipt(self._trail, text)
+        except DamagedTable:
+            raise
+        except ReceiptError as error:  # several begin so
+            raise LineageError(str(error)) from error
         if stored is None:
             raise UnknownThing(f"receipt {text!r}: not in the log, or its batch was erased; `trailmark log show`")
         receipt = stored.row.receipt
@@ -242,17 +247,18 @@ class LineageQueries:
     def _affected(
         self, graph: LineageGraph, subject: Reference, found: dict[str, Ids], nodes: Sequence[Node], may_see: MaySee
     ) -> tuple[Item, ...]:
-        adapters = {*found.get("adapter", ()), *subject.below}
+        makers = {*found.get("adapter", np.empty(0, np.uint32)).tolist(), *subject.below}
         items = []
         for node in nodes:
             names: tuple[str, ...] = ()
-            num_batches, receipts = None, ()
+            num_batches: int | None = None
+            receipts: tuple[str, ...] = ()
             if node.kind == "adapter":
                 published = graph.nodes(graph.children_of_kind(node.index, "publication"))
                 names = tuple(one.label for one in published if one.label)
                 num_batches = graph.num_children(node.index, "completions")
             elif node.kind == "completions":
-                receipts = self._receipts(graph, node, adapters, may_see)
+                receipts = self._receipts(graph, node, makers, may_see)
             items.append(Item(**asdict(node), names=names, num_batches=num_batches, receipts=receipts))
         return tuple(items)
 

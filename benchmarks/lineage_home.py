@@ -11,7 +11,7 @@ writes. The shape, for N records:
     completions: the rest, each of 1 to 4 adapters, drawn by 1/rank, newer adapters more popular, and their bases
 
 in 100 rounds, so that all kinds lie mixed through the log. Redacted records have no private half. Each completions
-record names one of 1,000 tables of 16 receipts.
+record names one of at most 1,000 tables of 16 receipts.
 """
 
 import json
@@ -38,7 +38,7 @@ from attribution.trail import Trail
 
 NUM_ROUNDS = 100
 ROWS_PER_DATASET = 200
-NUM_TABLES, RECEIPTS_PER_TABLE = 1000, 16
+MAX_TABLES, RECEIPTS_PER_TABLE = 1000, 16
 RULES = ("length", "language", "licence", "pii", "decontaminate", "dedup")
 START_US = 1_795_000_000_000_000
 FLUSH_RECORDS = 20_000
@@ -111,7 +111,9 @@ class HomeWriter:
     def write(self) -> Made:
         """Write every record, then the checkpoint."""
         counts = self._shape.counts()
-        self._tables = [self._receipts_table(number) for number in range(NUM_TABLES)]
+        self._tables = [
+            self._receipts_table(number) for number in range(min(MAX_TABLES, self._shape.num_records // 20))
+        ]
         done = dict.fromkeys(counts, 0)
         for round_number in range(1, NUM_ROUNDS + 1):
             for kind, total in counts.items():  # makers before what is made of them
@@ -224,7 +226,7 @@ class HomeWriter:
         bases = {base for _, _, base in adapters}
         inputs = [("adapter", "adapter", digest) for _, digest, _ in adapters]
         inputs += [("base_model", "base", self.made.bases[base][1]) for base in bases]
-        table = self._tables[number % NUM_TABLES]
+        table = self._tables[number % len(self._tables)]
         body = {"replica": f"replica-{number % 16}", "root": table[7:], "count": RECEIPTS_PER_TABLE, "table": table}
         body |= {"first_time_us": START_US, "last_time_us": START_US}
         parents = [leaf for leaf, _, _ in adapters] + [self.made.bases[base][0] for base in bases]

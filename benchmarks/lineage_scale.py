@@ -2,10 +2,10 @@
 
     python -m benchmarks.lineage_scale [--quick] [--check] [--out FILE] [--records N] [--home FOLDER]
 
-Writes a home of N records (1,000,000; --quick: 100,000; its shape is told in `lineage_home.py`), makes the index from the
-log, then asks for the impact of rows, contributors, rules, prompts, base models and adapters as `trailmark lineage impact`
-does: by name, with counts of all that descends and a page of 50. Each question opens the index anew and checks it against
-the signed checkpoint. With --home the folder is kept and used again. The last line is one JSON object.
+Writes a home of N records (1,000,000; --quick: 100,000; its shape is told in `lineage_home.py`), makes the index from
+the log, then asks for the impact of rows, contributors, rules, prompts, base models and adapters as `trailmark lineage
+impact` does: by name, with counts of all that descends and a page of 50. Each question opens the index anew and checks
+it against the signed checkpoint. With --home the folder is kept and used again. The last line is one JSON object.
 """
 
 import argparse

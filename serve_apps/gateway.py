@@ -398,11 +398,13 @@ def build_http(gateway: Gateway) -> FastAPI:
         return await gateway.attribution(request, receipt_id)
 
     gateway.lineage.add_routes(app)
-    _add_error_forms(app)
+    add_error_forms(app)
     return app
 
 
-def _add_error_forms(app: FastAPI) -> None:
+def add_error_forms(app: FastAPI) -> None:
+    """Let every error of an app leave in OpenAI's form."""
+
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:
         return _refusal(error.problem)

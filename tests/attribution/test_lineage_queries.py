@@ -106,6 +106,8 @@ def test_a_receipt_stands_on_its_own_adapter(story: Versions, queries: LineageQu
     assert [item.kind for item in chain.items] == ["contributor", "dataset", "refinement", "adapter"]
     with pytest.raises(UnknownThing, match="not in the log"):
         queries.resolve("rcpt_nothing")
+    with pytest.raises(LineageError, match="several ids begin so"):
+        queries.resolve("rcpt_both")
 
 
 def test_pages_cover_everything_once(story: Versions, queries: LineageQueries) -> None:
