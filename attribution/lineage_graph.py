@@ -8,6 +8,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,22 +16,23 @@ from numpy.typing import NDArray
 
 from attribution.lineage_facts import DIGEST_PREFIX, MADE, body_of, label_of_body
 from attribution.lineage_index import size_of
-from attribution.lineage_layout import BLOCK_BITS, HEADER_ONLY, KIND_BITS, PARENT_SHIFT
+from attribution.lineage_layout import BLOCK_BITS, HEADER_ONLY
 
 if TYPE_CHECKING:
     from attribution.lineage_index import LineageIndex
 
 Ids = NDArray[np.uint32]
+EMPTY: Ids = np.empty(0, np.uint32)
 BY_ID = "SELECT id, leaf, kind, time_us, label FROM record WHERE id IN (SELECT value FROM json_each(?))"
 INNER = f"""
 WITH RECURSIVE reached (id) AS (
     SELECT value FROM json_each(?) UNION SELECT child FROM reached JOIN inner_child ON parent = id
 )
-SELECT key, ids FROM reached JOIN child ON key BETWEEN id << {PARENT_SHIFT} AND (id + 1 << {PARENT_SHIFT}) - 1
+SELECT ids FROM reached JOIN child ON key BETWEEN id << {BLOCK_BITS} AND (id + 1 << {BLOCK_BITS}) - 1
 """
 CHILDREN = f"""
 SELECT value, ids FROM json_each(?)
-JOIN child ON child.key BETWEEN value << {PARENT_SHIFT} AND (value + 1 << {PARENT_SHIFT}) - 1
+JOIN child ON child.key BETWEEN value << {BLOCK_BITS} AND (value + 1 << {BLOCK_BITS}) - 1
 """
 
 
@@ -77,10 +79,8 @@ class LineageGraph:
 
     def down(self, starts: Sequence[int]) -> dict[str, Ids]:
         """Return every record below `starts` by kind, numbers rising. A start is among them only below another one."""
-        blobs: dict[int, list[bytes]] = {}
-        for key, ids in self.database.execute(INNER, (json.dumps(list(starts)),)):
-            blobs.setdefault(key >> PARENT_SHIFT - KIND_BITS & (1 << KIND_BITS) - 1, []).append(ids)
-        return {self.kinds[code]: _distinct(b"".join(found)) for code, found in sorted(blobs.items())}
+        blobs = [ids for (ids,) in self.database.execute(INNER, (json.dumps(list(starts)),))]
+        return self._sorted(_distinct(b"".join(blobs))) if blobs else {}
 
     def down_steps(self, starts: Iterable[int], *, depth: int) -> dict[int, int | None]:
         """Return every record within `depth` steps below `starts`, and them, each with the parent it came from."""
@@ -112,29 +112,31 @@ class LineageGraph:
 
     def children_of_kind(self, parent: int, kind: str) -> list[int]:
         """Return the children of one kind, numbers rising."""
-        blobs = self.database.execute("SELECT ids FROM child WHERE key BETWEEN ? AND ?", self._range(parent, kind))
-        return [number for (blob,) in blobs for number in np.frombuffer(blob, np.uint32).tolist()]
+        return self._sorted(self._children(parent)).get(kind, EMPTY).tolist()
 
     def num_children(self, parent: int, kind: str) -> int:
         """Return how many children of one kind a record has."""
-        query = "SELECT coalesce(sum(length(ids)), 0) / 4 FROM child WHERE key BETWEEN ? AND ?"
-        return int(self.database.execute(query, self._range(parent, kind)).fetchone()[0])
+        return len(self._sorted(self._children(parent)).get(kind, EMPTY))
 
-    def _range(self, parent: int, kind: str) -> tuple[int, int]:
-        """The least and the greatest key of a parent's blocks of one kind; an empty range for an unknown kind."""
-        code = next((code for code, name in self.kinds.items() if name == kind), None)
-        if code is None:
-            return 1, 0
-        low = (parent << KIND_BITS | code) << BLOCK_BITS
-        return low, low + (1 << BLOCK_BITS) - 1
+    def _children(self, parent: int) -> Ids:
+        query = "SELECT ids FROM child WHERE key BETWEEN ? AND ? ORDER BY key"
+        blobs = self.database.execute(query, (parent << BLOCK_BITS, (parent + 1 << BLOCK_BITS) - 1))
+        return np.frombuffer(b"".join(ids for (ids,) in blobs), np.uint32)
+
+    @cached_property
+    def _codes(self) -> NDArray[np.uint8]:
+        """The kind of every record."""
+        rows = self.database.execute("SELECT codes FROM kinds ORDER BY block")
+        return np.frombuffer(b"".join(codes for (codes,) in rows), np.uint8)
+
+    def _sorted(self, ids: Ids) -> dict[str, Ids]:
+        """Records (numbers rising) sorted into kinds."""
+        codes = self._codes[ids]
+        return {self.kinds[code]: ids[codes == code] for code in np.unique(codes).tolist()}
 
     def by_kind(self, ids: Iterable[int]) -> dict[str, Ids]:
         """Return records sorted into kinds, numbers rising."""
-        found: dict[int, list[int]] = {}
-        query = "SELECT id, kind FROM record WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id"
-        for number, code in self.database.execute(query, (json.dumps(list(ids)),)):
-            found.setdefault(code, []).append(number)
-        return {self.kinds[code]: np.array(numbers, np.uint32) for code, numbers in sorted(found.items())}
+        return self._sorted(np.unique(np.array(list(ids), np.uint32)))
 
     def nodes(self, ids: Iterable[int]) -> list[Node]:
         """Return records as a list shows them, in the order given."""

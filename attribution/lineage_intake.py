@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from attribution.lineage_facts import facts_of
-from attribution.lineage_layout import BLOCK_BITS, BLOCK_IDS, HEADER_ONLY, KIND_BITS, PARENT_SHIFT, LineageError
+from attribution.lineage_layout import BLOCK_BITS, BLOCK_CODES, BLOCK_IDS, HEADER_ONLY, MAX_KINDS, LineageError
 from attribution.log.stream import Piece
 from attribution.private_records import PrivateRecords
 from attribution.records import RecordError
@@ -22,7 +22,7 @@ class Intake:
         self._codes = {name: code for code, name in database.execute("SELECT code, name FROM kind")}
         self._known: dict[bytes, int] = {}
         self._parents: dict[int, tuple[int, ...]] = {}
-        self._children: defaultdict[int, array[int]] = defaultdict(lambda: array("I"))  # by parent << 6 | kind
+        self._children: defaultdict[int, array[int]] = defaultdict(lambda: array("I"))
         self._with_children: set[int] = set()
         self._records: list[tuple[int, bytes, int, int, bytes, bytes, str | None]] = []
         self._inner: list[tuple[int, int]] = []
@@ -41,8 +41,9 @@ class Intake:
         write("INSERT OR IGNORE INTO unknown_parent VALUES (?, ?)", self._unknown)
         write("INSERT OR IGNORE INTO name VALUES (?, ?, ?, ?)", self._names)
         write("INSERT OR IGNORE INTO digest VALUES (?, ?, ?)", self._digests)
-        for key in sorted(self._children):
-            self._append_children(key, self._children[key])
+        self._append_kinds(piece.first, bytes(record[2] for record in self._records))
+        for parent in sorted(self._children):
+            self._append_children(parent, self._children[parent])
         for leaf_hash in self._erased:
             self._forget(leaf_hash)
 
@@ -52,7 +53,7 @@ class Intake:
         code = self._new_kind(kind) if code is None else code
         parents = self._numbers(number, leaf["parents"])
         for parent in parents:
-            self._children[parent << KIND_BITS | code].append(number)
+            self._children[parent].append(number)
             if parent not in self._with_children:
                 self._first_child(parent)
         self._known[leaf_hash] = number
@@ -107,9 +108,21 @@ class Intake:
             self._erased.append(bytes.fromhex(facts.erases))
         return facts.label
 
-    def _append_children(self, key: int, children: "array[int]") -> None:
-        """Fill the last block of a parent's children of one kind, then write new ones."""
-        low = key << BLOCK_BITS
+    def _append_kinds(self, first: int, codes: bytes) -> None:
+        """Fill the last block of kinds, then write new ones."""
+        block, num_filled = divmod(first, BLOCK_CODES)
+        if num_filled:
+            query = "SELECT codes FROM kinds WHERE block = ?"
+            codes = self._database.execute(query, (block,)).fetchone()[0] + codes
+        blocks = [
+            (block + number, codes[start : start + BLOCK_CODES])
+            for number, start in enumerate(range(0, len(codes), BLOCK_CODES))
+        ]
+        self._database.executemany("INSERT OR REPLACE INTO kinds VALUES (?, ?)", blocks)
+
+    def _append_children(self, parent: int, children: "array[int]") -> None:
+        """Fill the last block of a parent's children, then write new ones."""
+        low = parent << BLOCK_BITS
         query = "SELECT key, ids FROM child WHERE key BETWEEN ? AND ? ORDER BY key DESC LIMIT 1"
         row = self._database.execute(query, (low, low + (1 << BLOCK_BITS) - 1)).fetchone()
         at, ids = (low, children) if row is None else (row[0], array("I", row[1]) + children)
@@ -121,7 +134,7 @@ class Intake:
 
     def _new_kind(self, kind: str) -> int:
         code = self._codes[kind] = len(self._codes)
-        assert code < 1 << KIND_BITS, "raise KIND_BITS, and with it LAYOUT"
+        assert code < MAX_KINDS, "a kind is a byte"
         self._database.execute("INSERT INTO kind VALUES (?, ?)", (code, kind))
         return code
 
@@ -140,5 +153,5 @@ class Intake:
 
 def _blocks(database: sqlite3.Connection, parent: int) -> Iterator[bytes]:
     query = "SELECT ids FROM child WHERE key BETWEEN ? AND ?"
-    for row in database.execute(query, (parent << PARENT_SHIFT, (parent + 1 << PARENT_SHIFT) - 1)):
+    for row in database.execute(query, (parent << BLOCK_BITS, (parent + 1 << BLOCK_BITS) - 1)):
         yield row[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from attribution.bodies import KINDS
-from attribution.lineage_graph import Ids, LineageGraph, Node, count, page_of
+from attribution.lineage_graph import EMPTY, Ids, LineageGraph, Node, count, page_of
 from attribution.lineage_index import LineageIndex
 from attribution.lineage_layout import LineageError, UnknownThing
 from attribution.lineage_names import RECEIPT, Reference, candidates, resolve_name, row_digits
@@ -247,7 +247,7 @@ class LineageQueries:
     def _affected(
         self, graph: LineageGraph, subject: Reference, found: dict[str, Ids], nodes: Sequence[Node], may_see: MaySee
     ) -> tuple[Item, ...]:
-        makers = {*found.get("adapter", np.empty(0, np.uint32)).tolist(), *subject.below}
+        makers = {*found.get("adapter", EMPTY).tolist(), *subject.below}
         items = []
         for node in nodes:
             names: tuple[str, ...] = ()

@@ -32,6 +32,7 @@ from attribution.lineage_facts import seal_private
 from attribution.log.merkle import Frontier, hash_leaf
 from attribution.log.note import Checkpoint, sign_checkpoint
 from attribution.log.sequencer import CHECKPOINT, ENTRIES, LENGTH_BYTES
+from attribution.private_records import PrivateRecords
 from attribution.records import PAYLOAD_TYPE, STATEMENT_TYPE, pre_auth_encoding
 from attribution.store import write_atomically
 from attribution.trail import Trail
@@ -104,7 +105,8 @@ class HomeWriter:
         self._frontier = Frontier()
         self._entries = (home / "log" / ENTRIES).open("wb", buffering=BUFFER_BYTES)
         self._private: list[tuple[str, bytes]] = []
-        self._first_private = 0
+        self._to_erase: list[tuple[int, str]] = []
+        self._index: dict[str, int] = {}  # of datasets and refinements
         self._tables: list[str] = []
         self._versions: dict[str, int] = {}
 
@@ -251,6 +253,7 @@ class HomeWriter:
     def _redaction(self, number: int) -> None:
         leaf = self._random.choice(self.made.datasets if number % 2 else self.made.refinements)[0]
         self.made.redacted.add(leaf)
+        self._to_erase.append((self._index[leaf], leaf))
         self._record("redaction", {"leaf": leaf, "reason": "asked for"}, parents=[leaf])
 
     def _by_rank(self, size: int) -> int:
@@ -302,19 +305,21 @@ class HomeWriter:
         leaf_hash = hash_leaf(leaf)
         self._frontier.append(leaf_hash)
         self._entries.write(len(leaf).to_bytes(LENGTH_BYTES, "big") + leaf)
+        if kind in ("dataset", "refinement"):
+            self._index[leaf_hash.hex()] = self._frontier.size - 1
         self._private.append((leaf_hash.hex(), seal_private(envelope, salt)))
         if len(self._private) >= FLUSH_RECORDS:
             self._flush_private()
         return leaf_hash.hex()
 
     def _flush_private(self) -> None:
-        """Write the private halves that wait, but for those redacted meanwhile."""
-        folder = self.trail.home / "records"
-        for leaf_hash, data in self._private:
-            (folder / f"{leaf_hash}.json").write_bytes(data)
-        for leaf_hash in self.made.redacted:
-            (folder / f"{leaf_hash}.json").unlink(missing_ok=True)
+        """Write the private halves that wait, and erase those that were redacted meanwhile."""
+        private = PrivateRecords(self.trail.home / "records")
+        private.append(self._frontier.size - len(self._private), self._private, is_logged=lambda _: True)
+        for index, leaf_hash in self._to_erase:
+            private.erase(index, leaf_hash)
         self._private.clear()
+        self._to_erase.clear()
 
 
 def _statement(

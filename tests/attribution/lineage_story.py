@@ -21,10 +21,16 @@ from attribution.bodies import (
     RefinementBody,
     RuleUse,
 )
+from attribution.private_records import PrivateRecords
 from attribution.receipts import ReceiptRow, append_completions
 from attribution.records import Artefact, Party
 from attribution.trail import Entry, Trail
 from configs.schema import Settings
+
+
+def erase(trail: Trail, leaf_hash: str) -> None:
+    """Remove the private half of a record."""
+    assert PrivateRecords(trail.home / "records").erase(trail.entry_index(leaf_hash), leaf_hash)
 
 
 def digest_of(*words: object) -> str:

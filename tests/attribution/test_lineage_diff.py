@@ -5,7 +5,7 @@ import pytest
 from attribution.lineage_diff import Change, diff
 from attribution.lineage_layout import LineageError
 from attribution.trail import Trail
-from tests.attribution.lineage_story import Versions, tell_versions
+from tests.attribution.lineage_story import Versions, erase, tell_versions
 
 
 @pytest.fixture
@@ -94,6 +94,6 @@ def test_refusals(story: Versions) -> None:
     ):
         with pytest.raises(LineageError, match=message):
             diff(trail, older, newer)
-    (trail.home / "records" / f"{story.leaf('adapter1')}.json").unlink()
+    erase(trail, story.leaf("adapter1"))
     with pytest.raises(LineageError, match="was erased"):
         diff(Trail.open(trail.home), story.leaf("adapter1"), "support@2")

@@ -25,6 +25,7 @@ from attribution.private_records import PrivateRecords
 from attribution.records import Artefact
 from attribution.trail import Draft, Trail
 from tests.attribution.lineage_oracle import PlainGraph
+from tests.attribution.lineage_story import erase
 from tests.attribution.story import tell
 
 KINDS = ("prompt", "approval", "completions")
@@ -221,7 +222,7 @@ def test_erased_records_keep_their_edges_and_nothing_else(trail: Trail, tmp_path
     story = tell(trail)
     index = index_of(trail)
     before = tables(index)
-    erase(trail, story.refinement.leaf_hash)
+    redact(trail, story.refinement.leaf_hash)
     after = tables(index)
     assert after["child"] != before["child"], "the redaction itself is there"
     assert {row[0] for row in before["name"]} - {row[0] for row in after["name"]} == {"facts", "length"}
@@ -229,10 +230,10 @@ def test_erased_records_keep_their_edges_and_nothing_else(trail: Trail, tmp_path
     assert tables(index_of(trail, path=tmp_path / "fresh.sqlite")) == after
 
 
-def erase(trail: Trail, leaf_hash: str) -> None:
+def redact(trail: Trail, leaf_hash: str) -> None:
     """Record the redaction and remove the private half, as an operator's command does."""
     trail.record("redaction", RedactionBody(leaf_hash, "asked for"), parents=[leaf_hash])
-    (trail.home / "records" / f"{leaf_hash}.json").unlink()
+    erase(trail, leaf_hash)
 
 
 def test_many_take_in_the_same_log_at_once(trail: Trail) -> None:

@@ -8,7 +8,7 @@ from attribution.lineage_layout import LineageError, UnknownThing
 from attribution.lineage_queries import Answer, LineageQueries
 from attribution.trail import Trail
 from tests.attribution.lineage_oracle import PlainGraph
-from tests.attribution.lineage_story import Versions, digest_of, tell_versions
+from tests.attribution.lineage_story import Versions, digest_of, erase, tell_versions
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_an_erased_dataset_still_has_its_row_and_its_edges(story: Versions, quer
     before = queries.descendants(kept)
     dataset = story.entries["mira-rows"]
     trail.record("redaction", RedactionBody(dataset.leaf_hash, "asked for"), parents=[dataset.leaf_hash])
-    (trail.home / "records" / f"{dataset.leaf_hash}.json").unlink()
+    erase(trail, dataset.leaf_hash)
     after = queries.descendants(kept)
     assert after.counts == before.counts and "an erased dataset" in after.subject.title
     assert found(story, queries.ancestors(kept)) == {"mira", "mira-rows"}
