@@ -137,7 +137,9 @@ def diff(trail: "Trail", older: str, newer: str | None = None, *, resampling: Re
     queries = LineageQueries.of(trail)
     before, after = (_version(trail, queries, text) for text in (older, newer))
     if before.side.kind != after.side.kind:
-        raise LineageError(f"{older!r} is a {before.side.kind}, {newer!r} a {after.side.kind}: give two of one kind")
+        raise LineageError(
+            f"{older!r} is of kind {before.side.kind}, {newer!r} of kind {after.side.kind}: give two of one kind"
+        )
     resampling = resampling or Resampling()
     missing: list[str] = []
     rows = tuple(_rows(trail, before, after, missing))
@@ -366,7 +368,7 @@ def _summary(
     kept = sum(row.after - row.before for row in rows)
     changed = [f"datasets {', '.join(datasets)}"] if datasets else []
     changed += [f"{kept:+d} rows"] if rows else []
-    changed += [f"{len(config)} settings"] if config else []
+    changed += [f"{len(config)} setting{'' if len(config) == 1 else 's'}"] if config else []
     told = [
         f"{score.metric} on {score.suite} {score.verdict} ({score.difference.value:+.3f})"
         for score in scores

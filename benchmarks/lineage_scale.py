@@ -96,7 +96,7 @@ def _impact_figures(queries: LineageQueries, kind: str, texts: Sequence[str]) ->
         times_ms.append((time.perf_counter() - began) * 1000)
         sizes.append(answer.total)
     times_ms.sort()
-    name = f"impact of a {kind}, {len(texts)} asked"
+    name = f"impact of {len(texts)} {kind}s"
     return [
         Figure(f"{name}: median", times_ms[len(times_ms) // 2], "ms", MAX_IMPACT_MS),
         Figure(f"{name}: p99", times_ms[int(0.99 * (len(times_ms) - 1))], "ms", MAX_IMPACT_MS),

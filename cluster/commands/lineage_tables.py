@@ -28,7 +28,7 @@ def print_answer(answer: "Answer") -> None:
     if not answer.total:
         console.print("It was made from nothing recorded." if answer.question == "ancestors" else "Nothing came of it.")
         return
-    counts = ", ".join(f"{number:,} {_kind(kind)}" for kind, number in answer.counts.items())
+    counts = ", ".join(f"{_kind(kind)} {number:,}" for kind, number in answer.counts.items())
     console.print(f"{answer.total:,} records {QUESTIONS[answer.question]}: {escape(counts)}")
     if answer.items:
         console.print(_items_table(answer.items, with_impact=answer.question == "impact"))
@@ -125,4 +125,4 @@ def _titled(title: str, *columns: str) -> Table:
 
 
 def _kind(kind: str) -> str:
-    return kind.replace("_", " ")
+    return "completion batch" if kind == "completions" else kind.replace("_", " ")
