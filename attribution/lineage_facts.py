@@ -17,6 +17,7 @@ HEAD, MIDDLE, TAIL = b'{"envelope":', b',"salt":"', b'"}'
 SALT_START = -(len(TAIL) + 2 * SALT_BYTES)
 DIGEST_PREFIX = "sha256:"
 MADE, USED, RULE, MENTIONED, KEY = "made", "used", "rule", "mentioned", "key"
+KEY_KINDS = frozenset({"contributor", "key_rotation"})  # say whose a key is: `key_id` and `name`
 NAME_FIELDS = ("name", "workflow", "subject", "decision", "reason")
 
 Statement = Mapping[str, Any]
@@ -102,7 +103,7 @@ def _digests(kind: str, statement: Statement, predicate: Statement, body: Statem
         (MENTIONED if kind == "publication" else MADE, (item["digest"]["sha256"] for item in statement["subject"])),
         (USED, (item["digest"].removeprefix(DIGEST_PREFIX) for item in predicate["inputs"])),
         (RULE, (rule["digest"].removeprefix(DIGEST_PREFIX) for rule in body.get("rules", ()))),
-        (KEY, (body["key_id"],) if kind == "contributor" else ()),
+        (KEY, (body["key_id"],) if kind in KEY_KINDS else ()),
         (MENTIONED, _texts(body)),
     ]
     for role, digests in roles:
