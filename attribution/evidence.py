@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MICRO = 1_000_000
 LOWER_IS_BETTER = frozenset({"loss"})
+NO_EFFECT = "no measurable effect"
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,21 @@ def version_change(
     return changes
 
 
+def recorded_confidence(trail: "Trail", config: str | None) -> float | None:
+    """Return the confidence that a benchmark's stored configuration names (floats are stored as text)."""
+    if not config or not trail.store.has(config):
+        return None
+    value = trail.get_json(config).get("confidence")
+    return None if value is None else float(value)
+
+
+def verdict_of(metric: str, spread: Spread) -> str:
+    """Say whether a difference in a metric is an improvement, a loss, or cannot be told from nothing."""
+    if not spread.is_distinct:
+        return NO_EFFECT
+    return "improved" if (spread.value < 0) == (metric in LOWER_IS_BETTER) else "worsened"
+
+
 def contributions(trail: "Trail", adapter: MeasuredAdapter) -> tuple[str | None, list[Contribution]]:
     """Return the refinement (leaf hash) behind an adapter and its contributions in log order; (None, []) if unknown."""
     entry = trail.find(adapter.body.dataset)
@@ -205,14 +221,6 @@ def dataset_scores(
             if name in sums:
                 sums[name][index] += score
     return sums
-
-
-def recorded_confidence(trail: "Trail", config: str | None) -> float | None:
-    """Return the confidence that a benchmark's stored configuration names (floats are stored as text)."""
-    if not config or not trail.store.has(config):
-        return None
-    value = trail.get_json(config).get("confidence")
-    return None if value is None else float(value)
 
 
 def _by_item(trail: "Trail", details: str) -> dict[str, dict[str, float]]:

@@ -1,26 +1,22 @@
 """Where a record comes from and what came of it: the graph whose edges are the leaves' `parents`.
 
-The graph is read from public headers alone, so it stays whole when records are erased.
+Here the graph is of records, by leaf hash; `attribution.lineage_queries` asks it by the names that people hold. Both
+read one index, which comes from public headers and stays whole when records are erased.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from attribution.bodies import (
-    AdapterLoadedBody,
-    Body,
-    CompletionsBody,
-    ContributorBody,
-    InfluenceBody,
-    PublicationBody,
-)
+from attribution.lineage_facts import label_of_body
+from attribution.lineage_graph import Ids, LineageGraph
+from attribution.lineage_index import LineageIndex
 from attribution.log.verify import RECORD_BUNDLE_TYPE
 from attribution.records import to_plain
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
 
-Neighbours = Mapping[str, Sequence[str]]
+Result = TypeVar("Result")
 
 
 class Lineage:
@@ -28,33 +24,22 @@ class Lineage:
 
     def __init__(self, trail: "Trail") -> None:
         self._trail = trail
-        self._parents: dict[str, tuple[str, ...]] = {}
-        self._children: dict[str, list[str]] = {}
-        self._names: dict[str, str] = {}
-        self._cursor = 0
+        self._index = LineageIndex(trail.home, trail.log.key)
 
     def ancestors(self, leaf_hash: str) -> list["Entry"]:
         """Return every record that `leaf_hash` was made from, directly or not, in log order."""
-        self._catch_up()
-        return self._entries(_reach(leaf_hash, self._parents).keys() - {self._known(leaf_hash)})
+        start = self._number(leaf_hash)
+        return self._entries(self.ask(lambda graph: graph.up([start]).keys() - {start}))
 
     def descendants(self, leaf_hash: str) -> list["Entry"]:
         """Return every record made from `leaf_hash`, directly or not, in log order."""
-        self._catch_up()
-        return self._entries(_reach(leaf_hash, self._children).keys() - {self._known(leaf_hash)})
+        start = self._number(leaf_hash)
+        return self._entries(self.ask(lambda graph: _all(graph.down([start]))))
 
     def path(self, ancestor: str, descendant: str) -> list["Entry"]:
         """Return a shortest chain of records from `ancestor` to `descendant`, both included; empty if there is none."""
-        self._catch_up()
-        came_from = _reach(self._known(ancestor), self._children)
-        if self._known(descendant) not in came_from:
-            return []
-        chain: list[str] = []
-        step: str | None = descendant
-        while step is not None:
-            chain.append(step)
-            step = came_from[step]
-        return [self._trail.entry(leaf) for leaf in reversed(chain)]
+        first, last = self._number(ancestor), self._number(descendant)
+        return [self._trail.entry(number) for number in self.ask(lambda graph: graph.path([first], [last]))]
 
     def graph(self, leaf_hash: str, depth: int | None = None) -> dict[str, list[dict[str, Any]]]:
         """Return the ancestors and descendants of a record, and itself, as JSON.
@@ -63,48 +48,42 @@ class Lineage:
         leaf hash, an edge runs from parent to child, `contributors` are key ids, `facts` the record's body. `depth`
         limits the number of steps either way.
         """
-        self._catch_up()
-        self._known(leaf_hash)
-        reached = {**_reach(leaf_hash, self._parents, depth), **_reach(leaf_hash, self._children, depth)}
-        nodes = [_node(entry) for entry in self._entries(reached)]
+        start = self._number(leaf_hash)
+
+        def reached(graph: LineageGraph) -> set[int]:
+            below = _all(graph.down([start])) if depth is None else set(graph.down_steps([start], depth=depth))
+            return below | set(graph.up([start], depth=depth))
+
+        entries = self._entries(self.ask(reached))
+        nodes = [_node(entry) for entry in entries]
+        shown = {node["id"] for node in nodes}
         edges = [
-            {"from": parent, "to": node["id"]}
-            for node in nodes
-            for parent in self._parents[node["id"]]
-            if parent in reached
+            {"from": parent, "to": entry.leaf_hash}
+            for entry in entries
+            for parent in entry.leaf.parents
+            if parent in shown
         ]
         return {"nodes": nodes, "edges": edges}
 
     def closure(self, leaf_hashes: Iterable[str]) -> list[str]:
         """Return the given leaf hashes and all their ancestors, each once, in log order."""
-        self._catch_up()
-        reached = {leaf for start in leaf_hashes for leaf in _reach(self._known(start), self._parents)}
-        return sorted(reached, key=lambda leaf: self._trail.entry_index(leaf))
+        starts = [self._number(leaf_hash) for leaf_hash in leaf_hashes]
+        return self.ask(lambda graph: graph.leaf_hashes(graph.up(starts)))
 
     def contributor_names(self) -> dict[str, str]:
         """Return the name of each contributor by key id."""
-        self._catch_up()
-        return dict(self._names)
+        return self.ask(lambda graph: graph.contributor_names())
 
-    def _catch_up(self) -> None:
-        for index, leaf_hash, leaf in self._trail.leaves(start=self._cursor):
-            self._parents[leaf_hash] = leaf.parents
-            self._children.setdefault(leaf_hash, [])
-            for parent in leaf.parents:
-                self._children[parent].append(leaf_hash)
-            if leaf.kind == "contributor":
-                record = self._trail.entry(index).record
-                if record is not None and isinstance(record.body, ContributorBody):
-                    self._names[record.body.key_id] = record.body.name
-            self._cursor = index + 1
+    def ask(self, question: Callable[[LineageGraph], Result]) -> Result:
+        """Return what `question` finds in the graph as it is now."""
+        return self._index.ask(lambda database: question(LineageGraph(self._index, database)))
 
-    def _known(self, leaf_hash: str) -> str:
-        if leaf_hash not in self._parents:
-            self._trail.entry(leaf_hash)  # raises the error that says so
-        return leaf_hash
+    def _number(self, leaf_hash: str) -> int:
+        """The log index of a leaf hash. TrailError when it is not in the log."""
+        return self._trail.entry_index(leaf_hash)
 
-    def _entries(self, leaf_hashes: Iterable[str]) -> list["Entry"]:
-        return sorted((self._trail.entry(leaf) for leaf in leaf_hashes), key=lambda entry: entry.index)
+    def _entries(self, numbers: Iterable[int]) -> list["Entry"]:
+        return [self._trail.entry(number) for number in sorted(numbers)]
 
 
 def record_bundle(trail: "Trail", leaf_hash: str) -> dict[str, Any]:
@@ -114,18 +93,8 @@ def record_bundle(trail: "Trail", leaf_hash: str) -> dict[str, Any]:
     return {"type": RECORD_BUNDLE_TYPE, "record": record, "lineage": lineage}
 
 
-def _reach(start: str, neighbours: Neighbours, depth: int | None = None) -> dict[str, str | None]:
-    """Every node within `depth` steps of `start` with the node it was first reached from, breadth first."""
-    came_from: dict[str, str | None] = {start: None}
-    frontier, steps = [start], 0
-    while frontier and (depth is None or steps < depth):
-        found: list[str] = []
-        for node in frontier:
-            fresh = [neighbour for neighbour in neighbours[node] if neighbour not in came_from]
-            came_from.update(dict.fromkeys(fresh, node))
-            found.extend(dict.fromkeys(fresh))
-        frontier, steps = found, steps + 1
-    return came_from
+def _all(found: Mapping[str, Ids]) -> set[int]:
+    return {number for ids in found.values() for number in ids.tolist()}
 
 
 def _node(entry: "Entry") -> dict[str, Any]:
@@ -143,20 +112,7 @@ def _node(entry: "Entry") -> dict[str, Any]:
 
 def label_of(entry: "Entry") -> str:
     """Return a few words that tell a record from others of its kind."""
-    return f"{entry.leaf.kind} (erased)" if entry.record is None else _label(entry.record.body)
-
-
-def _label(body: Body) -> str:
-    match body:
-        case PublicationBody():
-            return f"{body.name}@{body.version}"
-        case CompletionsBody():
-            return f"{body.count} completion{'' if body.count == 1 else 's'}"
-        case AdapterLoadedBody():
-            return f"loaded by {body.replica}"
-        case InfluenceBody():
-            return body.receipt_id
-    for name in ("name", "workflow", "subject", "decision", "reason"):
-        if text := getattr(body, name, ""):
-            return str(text)
-    return type(body).__name__.removesuffix("Body").lower()
+    if entry.record is None:
+        return f"{entry.leaf.kind} (erased)"
+    body = entry.record.body
+    return label_of_body(entry.leaf.kind, lambda name: getattr(body, name, None))

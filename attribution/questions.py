@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from attribution.evidence import (
-    LOWER_IS_BETTER,
+    NO_EFFECT,
     Contribution,
     MeasuredAdapter,
     Served,
@@ -19,13 +19,12 @@ from attribution.evidence import (
     recorded_scores,
     resampled_mean,
     served,
+    verdict_of,
     version_change,
 )
 
 if TYPE_CHECKING:
     from attribution.trail import Trail
-
-NO_EFFECT = "no measurable effect"
 
 
 @dataclass(frozen=True)
@@ -296,14 +295,8 @@ def _served_findings(item: Served, found: Sequence[Served], adapters: dict[str, 
 def _finding(
     subject: str, measure: str, metric: str, spread: Spread, links: tuple[str, ...], confidence: float | None
 ) -> Finding:
-    unit, verdict = "nats per token" if metric == "loss" else "of 1", _verdict(metric, spread)
+    unit, verdict = "nats per token" if metric == "loss" else "of 1", verdict_of(metric, spread)
     return Finding(subject, measure, spread.value, spread.low, spread.high, unit, verdict, links, confidence)
-
-
-def _verdict(metric: str, spread: Spread) -> str:
-    if not spread.is_distinct:
-        return NO_EFFECT
-    return "improved" if (spread.value < 0) == (metric in LOWER_IS_BETTER) else "worsened"
 
 
 def _unmeasured(adapters: Sequence[MeasuredAdapter]) -> list[Missing]:

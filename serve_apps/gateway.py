@@ -34,6 +34,7 @@ from serve_apps.errors import (
     too_large,
     wrong_key,
 )
+from serve_apps.lineage import LineageApi
 from serve_apps.openai import ChatRequest, CompletionRequest, Parsed, now_us, parse, sampling_of
 from serve_apps.replies import DONE, ReplyForm, event
 from serve_apps.response_format import check_servable
@@ -93,6 +94,7 @@ class Gateway:
 
         self._trail, self._settings, self._backend = trail, settings, backend
         self._keys = ApiKeys(keys_path(trail.home))
+        self.lineage = LineageApi(trail, authenticate=self.principal)
         self._spool = Spool(trail.home / "run" / "spool")
         self._catalogue = Catalogue(
             trail, base_name=base.name, base_digest=base.digest, started_s=now_us() // 1_000_000
@@ -395,11 +397,14 @@ def build_http(gateway: Gateway) -> FastAPI:
     async def attribution(request: Request, receipt_id: str) -> Response:
         return await gateway.attribution(request, receipt_id)
 
-    _add_error_forms(app)
+    gateway.lineage.add_routes(app)
+    add_error_forms(app)
     return app
 
 
-def _add_error_forms(app: FastAPI) -> None:
+def add_error_forms(app: FastAPI) -> None:
+    """Let every error of an app leave in OpenAI's form."""
+
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:
         return _refusal(error.problem)

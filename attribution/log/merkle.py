@@ -60,6 +60,11 @@ class Frontier:
         """Return the root at the present size."""
         return root_of_peaks(self._peaks)
 
+    @property
+    def peaks(self) -> tuple[bytes, ...]:
+        """The perfect subtrees' hashes, widest first: with the size, all there is to go on from."""
+        return tuple(self._peaks)
+
 
 class Tree:
     """Every perfect subtree's hash by level: append is O(1) amortised, root and proofs O(log^2 n) at any past size."""

@@ -1,59 +1,29 @@
 """A record's lineage for people: which record a name means, the graph around it, and that graph as a page."""
 
-import re
 from typing import Any
 
 from attribution.lineage import Lineage
+from attribution.lineage_graph import LineageGraph
+from attribution.lineage_layout import LineageError
+from attribution.lineage_queries import LineageQueries
 from attribution.pages.lineage import lineage_html
 from attribution.trail import Entry, Trail
-from configs.errors import UserError
 
-LEAF_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 # What came of a record belongs on its page: how it was measured and named, and, of the many answers, the newest.
 CONSEQUENCES = frozenset({"dataset", "refinement", "adapter", "benchmark", "publication", "approval"})
 NEWEST_OF = {"completions": 3, "influence": 3}
 
 
-class LineageError(UserError):
-    """A name, digest or leaf hash that stands for no record, or for several."""
-
-
 def find_entry(trail: Trail, reference: str) -> Entry:
-    """Return the record that `name@version`, a published or recorded name, a digest, or the start of a leaf hash means.
+    """Return the record that a name, `name@version`, digest, key id or the start of a leaf hash means.
 
     Raises:
-        LineageError: none, or several leaves that begin so.
+        LineageError: none (with the nearest there is), or several.
     """
-    if reference.startswith("sha256:"):
-        found = trail.find(reference)
-        if found is None:
-            raise LineageError(f"digest {reference}: no record made it; `trailmark log show` lists the records")
-        return found
-    if LEAF_PREFIX.fullmatch(reference):
-        matches = [leaf_hash for _, leaf_hash, _ in trail.leaves() if leaf_hash.startswith(reference)]
-        if len(matches) > 1:
-            raise LineageError(f"leaf {reference}: {len(matches)} records begin so; give more of its digits")
-        if matches:
-            return trail.entry(matches[0])
-    return _named(trail, reference)
-
-
-def _named(trail: Trail, reference: str) -> Entry:
-    name, _, version = reference.partition("@")
-    published = [item for item in trail.registry.list() if item.name == name]
-    if version or published:
-        resolved = trail.registry.resolve(reference)
-        return trail.find(resolved.digest) or trail.entry(resolved.leaf_hash)
-    newest = None
-    for entry in trail.entries():
-        if entry.record is not None and getattr(entry.record.body, "name", None) == reference:
-            newest = entry
-    if newest is None:
-        raise LineageError(
-            f"name {reference!r}: no record has it; "
-            "give NAME, NAME@VERSION, a digest or a leaf hash (`trailmark log show`)"
-        )
-    return newest
+    found = LineageQueries.of(trail).resolve(reference)
+    if found.is_part or len(found.above) != 1:
+        raise LineageError(f"{reference!r}: {found.title}, which is no single record; `trailmark lineage ancestors`")
+    return trail.entry(found.above[0])
 
 
 class LineagePages:
@@ -77,31 +47,16 @@ class LineagePages:
     def neighbourhood(self, leaf_hash: str) -> dict[str, Any]:
         """Return the graph of a record, its ancestors and what came of it; of answers, which may be many, the newest.
 
-        Which records those are is read from the leaves' headers alone; only they are then opened.
+        Which records those are is asked of the index; only they are then opened.
         """
-        headers = {leaf: header for _, leaf, header in self._trail.leaves()}
-        shown = {leaf_hash}
-        queue = [leaf_hash]
-        while queue:
-            parents = [parent for parent in headers[queue.pop()].parents if parent not in shown]
-            shown.update(parents)
-            queue.extend(parents)
-        reached = {leaf_hash}
-        newest: dict[str, list[str]] = {kind: [] for kind in NEWEST_OF}
-        for leaf, header in headers.items():  # in log order: parents come first
-            if reached.isdisjoint(header.parents):
-                continue
-            reached.add(leaf)
-            if header.kind in CONSEQUENCES:
-                shown.add(leaf)
-            elif header.kind in NEWEST_OF:
-                newest[header.kind].append(leaf)
-        shown.update(leaf for kind, number in NEWEST_OF.items() for leaf in newest[kind][-number:])
-        nodes = [self._node(leaf) for leaf in headers if leaf in shown]
+        hashes, parents = self._lineage.ask(lambda graph: _shown(graph, leaf_hash))
         edges = [
-            {"from": up, "to": leaf} for leaf in headers if leaf in shown for up in headers[leaf].parents if up in shown
+            {"from": hashes[up], "to": leaf}
+            for number, leaf in hashes.items()
+            for up in parents[number]
+            if up in hashes
         ]
-        return {"nodes": nodes, "edges": edges}
+        return {"nodes": [self._node(leaf) for leaf in hashes.values()], "edges": edges}
 
     def forget(self, leaf_hash: str) -> None:
         """Read a record anew next time: it was erased."""
@@ -111,3 +66,18 @@ class LineagePages:
         if leaf_hash not in self._nodes:
             self._nodes[leaf_hash] = self._lineage.graph(leaf_hash, depth=0)["nodes"][0]
         return self._nodes[leaf_hash]
+
+
+def _shown(graph: LineageGraph, leaf_hash: str) -> tuple[dict[int, str], dict[int, list[int]]]:
+    """Leaf hashes of what is on a record's page, in log order, and the parents of each, by number."""
+    number = graph.number(leaf_hash)
+    if number is None:
+        raise LineageError(f"leaf {leaf_hash}: not in the log")
+    shown = set(graph.up([number]))
+    for kind, ids in graph.down([number]).items():
+        if kind in CONSEQUENCES:
+            shown.update(ids.tolist())
+        elif kind in NEWEST_OF:
+            shown.update(ids[-NEWEST_OF[kind] :].tolist())
+    ordered = sorted(shown)
+    return dict(zip(ordered, graph.leaf_hashes(ordered), strict=True)), graph.parents(ordered)

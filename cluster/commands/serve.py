@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 def create(
     name: Annotated[str, typer.Argument(help="What the key is for, for example the service that will use it.")],
     tenant: Annotated[str, typer.Option(help="Whose receipts it may read; the name by default.")] = "",
-    operator: Annotated[bool, typer.Option("--operator", help="Let it read every tenant's receipts.")] = False,
+    operator: Annotated[
+        bool, typer.Option("--operator", help="Let it read every tenant's receipts and all lineage.")
+    ] = False,
 ) -> None:
     """Make a key and print it. It is shown this once; the file keeps only its hash."""
     from configs import env

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cluster.commands import lineage as questions
+
 if TYPE_CHECKING:
     from attribution.mlflow_view import MlflowView
 
@@ -16,7 +18,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def register(app: typer.Typer) -> None:
-    """Add `mlflow sync|follow|reconcile` and `lineage show`."""
+    """Add `mlflow sync|follow|reconcile` and `lineage`."""
     mlflow = typer.Typer(
         help="Show the trail in MLflow, a view that can be rebuilt from the log.", no_args_is_help=True
     )
@@ -24,8 +26,9 @@ def register(app: typer.Typer) -> None:
     mlflow.command("follow")(follow)
     mlflow.command("reconcile")(reconcile)
     app.add_typer(mlflow, name="mlflow", rich_help_panel="Trail")
-    lineage = typer.Typer(help="See where a record comes from.", no_args_is_help=True)
+    lineage = typer.Typer(help="See where a record comes from and what came of it.", no_args_is_help=True)
     lineage.command("show")(show)
+    questions.add_to(lineage)
     app.add_typer(lineage, name="lineage", rich_help_panel="Trail")
 
 

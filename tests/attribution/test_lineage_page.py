@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from attribution.lineage import Lineage
+from attribution.lineage_layout import LineageError
 from attribution.pages.lineage import fold_crowds, lineage_html, script_json, with_row_counts
-from attribution.pages.show import LineageError, LineagePages, find_entry
+from attribution.pages.show import LineagePages, find_entry
 from attribution.trail import Trail
 from tests.attribution.records_example import PEOPLE, ExampleLog, build_example_log, digest_of
 
