@@ -202,9 +202,10 @@ def start_of(path: Path) -> int:
     return int(path.name.removesuffix(SUFFIX))
 
 
-def read_lines(path: Path) -> list[tuple[str, bytes]]:
-    """Return the whole lines of a segment: leaf hash and private half."""
-    return [(_hash_of(line), line[HASH_DIGITS + 1 :]) for line in path.read_bytes().split(b"\n")[:-1]]
+def read_lines(path: Path, num_bytes: int | None = None) -> list[tuple[str, bytes]]:
+    """Return the whole lines in the first bytes of a segment (all by default): leaf hash and private half."""
+    data = path.read_bytes()[:num_bytes]
+    return [(_hash_of(line), line[HASH_DIGITS + 1 :]) for line in data.split(b"\n")[:-1]]
 
 
 def logged_bytes(path: Path, is_logged: IsLogged) -> int:

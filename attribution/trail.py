@@ -149,8 +149,8 @@ class Trail:
             return []
         return self._commits.submit(tuple(drafts))
 
-    def erase(self, leaf_hash: str) -> bool:
-        """Remove the private half of a record for good; return whether it was there. Its leaf and all proofs stay."""
+    def delete_record(self, leaf_hash: str) -> bool:
+        """Remove a record and its salt for good; return whether they were there. Its leaf and all proofs stay."""
         with self.mutex, self.log.exclusive():
             return self.private.erase(self.entry_index(leaf_hash), leaf_hash)
 
@@ -262,16 +262,9 @@ class Trail:
                 is_logged=self._is_logged,
                 require_free=self.registry.require_free,
             )
-            outcomes: list[Sequence[Staged] | Exception] = []
-            for drafts in requests:
-                try:
-                    outcomes.append(group.add(drafts))
-                except Exception as error:
-                    outcomes.append(error)
+            staged = [_outcome(group, drafts) for drafts in requests]
             entries = iter(self._append(appender, group.staged))
-            return [
-                outcome if isinstance(outcome, Exception) else [next(entries) for _ in outcome] for outcome in outcomes
-            ]
+            return [item if isinstance(item, Exception) else [next(entries) for _ in item] for item in staged]
 
     def _append(self, appender: Appender, staged: Sequence[Staged]) -> list[Entry]:
         """Write the private halves, then the leaves; return the entries, durable."""
@@ -340,6 +333,14 @@ class Trail:
         if not self._has_environment and not self.store.has(environment_digest()):
             self.store.put_blob(environment_manifest())
         self._has_environment = True
+
+
+def _outcome(group: Group, drafts: Sequence[Draft]) -> Sequence[Staged] | Exception:
+    """What staging one caller's drafts gives: the records, or the error that is that caller's alone."""
+    try:
+        return group.add(drafts)
+    except Exception as error:
+        return error
 
 
 def _create(home: Path, disk: Disk) -> None:

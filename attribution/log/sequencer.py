@@ -229,8 +229,7 @@ class Log:
                 kept.append(leaf)
         self._cut_entries(self._offsets[-1] + sum(LENGTH_BYTES + len(leaf) for leaf in kept))
         if kept:
-            with NewFile(self.directory / CHECKPOINT, disk=self._disk) as file_:
-                appender.publish(kept, file_)
+            appender.publish(kept)
 
     def _cut_entries(self, size: int) -> None:
         descriptor = self._disk.open(self.directory / ENTRIES, os.O_WRONLY)
@@ -334,9 +333,12 @@ class Appender:
                     "look for them with `trailmark log show` before you record them again"
                 ) from error
 
-    def publish(self, leaves: Sequence[bytes], file: NewFile) -> None:
-        """Sign the checkpoint that adds `leaves`, durable among the entries already, and store it by way of `file`."""
+    def publish(self, leaves: Sequence[bytes], file: NewFile | None = None) -> None:
+        """Sign and store the checkpoint that adds `leaves`, durable among the entries already."""
         log = self._log
+        if file is None:
+            with NewFile(log.directory / CHECKPOINT, disk=log._disk) as file:
+                return self.publish(leaves, file)
         frontier = log._frontier_after(leaves)
         checkpoint = Checkpoint(log.key.name, frontier.size, frontier.root())
         note = sign_checkpoint(checkpoint, self._signer)
@@ -363,6 +365,16 @@ def _read_leaf(file: BinaryIO) -> bytes | None:
         return None
     data = file.read(length)
     return data if len(data) == length else None
+
+
+def entries_of(path: Path, count: int) -> Iterator[bytes]:
+    """Yield the first leaves of a file of entries; LogError when it ends before."""
+    with path.open("rb") as file:
+        for index in range(count):
+            leaf = _read_leaf(file)
+            if leaf is None:
+                raise LogError(f"{path}: ends at leaf {index}, but the checkpoint covers {count}")
+            yield leaf
 
 
 def _without_checkpoint(directory: Path) -> str:

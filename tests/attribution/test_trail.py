@@ -105,7 +105,7 @@ def test_an_altered_record_is_refused_and_an_erased_one_leaves_its_proof(trail: 
         with pytest.raises(TrailError, match="altered on disk"):
             trail.entry(story.adapter.leaf_hash)
     path.write_bytes(original)
-    assert trail.erase(story.adapter.leaf_hash) and not trail.erase(story.adapter.leaf_hash)
+    assert trail.delete_record(story.adapter.leaf_hash) and not trail.delete_record(story.adapter.leaf_hash)
     erased = trail.entry(story.adapter.leaf_hash)
     assert (erased.record, erased.envelope, erased.salt) == (None, None, None)
     assert trail.proof(story.adapter.leaf_hash)["envelope"] is None
