@@ -22,6 +22,7 @@ from attribution.log.note import Checkpoint, NoteKey
 from attribution.log.sequencer import LogDiskError, OutcomeUnknown
 from attribution.private_records import PrivateRecords
 from attribution.trail import Draft, Trail
+from configs.errors import UserError
 
 SECTOR = 512
 SEGMENT_BYTES = 4096  # small, so that the appends below begin segments
@@ -82,6 +83,17 @@ class CrashDisk(Disk):
         self._top = Directory()
         self._names: dict[Path, Inode | Directory] = {root: self._top}  # what a living process sees
         self._open: dict[int, Inode] = {}
+
+    def adopt(self) -> None:
+        """Take what lies in the root folder for durable, as after a restart; keys and views stay unmodelled."""
+        for path in sorted(self.root.rglob("*")):
+            if path.is_dir():
+                self._change(path.parent, {path.name: Directory()})
+            elif path.suffix not in (".key", ".pub") and path.name != "lock":
+                self._change(path.parent, {path.name: Inode(path.read_bytes())})
+        for node in self._names.values():
+            if isinstance(node, Directory):
+                node.durable, node.pending = node.after(lambda: True), []
 
     def space_returns(self) -> None:
         """Fail no call from now on."""
@@ -246,6 +258,13 @@ class Run:
     def judge(self, home: Path, when: str) -> Outcome:
         """Check a home after the crash, append to it once more, and check again."""
         outcome = Outcome(damaged=[f"{when}: {problem}" for problem in self.refused])
+        try:
+            self._judge(home, when, outcome)
+        except UserError as error:
+            outcome.damaged.append(f"{when}: {error}")
+        return outcome
+
+    def _judge(self, home: Path, when: str, outcome: Outcome) -> None:
         for step in ("as it was left", "after one more append"):
             report = fsck.check(home)
             outcome.damaged += [f"{when}, {step}: {finding}" for finding in report.damage]
@@ -261,7 +280,6 @@ class Run:
                 if checkpoint.size > trail.log.size or trail.log.root(checkpoint.size) != checkpoint.root
             ]
             trail.record("approval", ApprovalBody(DIGEST, "approved", "goes on"))
-        return outcome
 
 
 class _Noting:

@@ -1,9 +1,9 @@
 """Receipts on disk until the log has them: a completion's facts are written here before its last token is sent.
 
 A spool is a folder of segments, one JSON object a line. A segment is locked by the process that writes it, so a segment
-that can be locked belongs to a process that died; whoever finds it sends it to the log. A row is written at once, so that
-it survives a killed process, and fsynced, together with those of other requests, before its last token is sent, so that
-it survives a power failure too.
+that can be locked belongs to a process that died; whoever finds it sends it to the log. A row is written at once, so
+that it survives a killed process, and fsynced, with those of other requests, before its last token is sent, so that it
+survives a power failure too.
 """
 
 import fcntl
