@@ -229,11 +229,10 @@ def full_disk(folder: Path, tally: Tally, *, num_rounds: int) -> None:
 
 
 def _fill(filler: Path, *, keep: int) -> None:
-    with filler.open("wb") as file:
+    with filler.open("wb", buffering=0) as file:
         try:
-            while True:
-                file.write(bytes(PAGE))
-                file.flush()
+            while file.write(bytes(PAGE)) == PAGE:
+                pass
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

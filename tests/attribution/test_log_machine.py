@@ -6,6 +6,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -85,11 +86,9 @@ class LogMachine(RuleBasedStateMachine):
                 self.refused.add(reason)
         self.disk.space_returns()
 
-    @precondition(lambda self: self.number < 60)
-    @rule(
-        after=st.integers(0, 20), how=st.sampled_from(["none", "all", "some"]), chance=st.randoms(use_true_random=False)
-    )
-    def crash_and_reopen(self, after: int, how: str, chance) -> None:  # type: ignore[no-untyped-def]
+    @rule(after=st.integers(0, 20), share=st.sampled_from([0.0, 0.5, 1.0]), seed=st.integers(0, 2**32))
+    def crash_and_reopen(self, after: int, share: float, seed: int) -> None:
+        chance = Random(seed)
         self.disk._at, self.disk._error = self.disk.num_calls + after, None
         try:
             entries = self.trail.record_many([self.draft(self.reason()) for _ in range(3)])
