@@ -8,7 +8,7 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,14 +156,16 @@ def start(home: Path | str, settings: "AttributionSettings") -> None:
     ray.get([actor.ready.remote() for actor in actors], timeout=START_TIMEOUT_S)
 
 
-def start_log_writer(home: Path | str) -> Any:
+def start_log_writer(home: Path | str, resources: Mapping[str, float] | None = None) -> Any:
     """Start the log writer on the connected cluster unless it runs, and return its handle at once.
 
-    Ray starts it again, on any node that sees the home folder, when its process or node dies.
+    Ray starts it again when its process or node dies, on any node with `resources`: name there what only the nodes
+    that see the home folder have.
     """
     # A task that was cut off is not tried again by Ray: the caller knows whether appending twice would hurt.
     options = {"num_cpus": WRITER_CPUS, "max_task_retries": 0, "max_concurrency": WRITER_THREADS, **DETACHED}
-    return ray.remote(LogWriter).options(name=LOG_WRITER_NAME, **options).remote(str(home))
+    named = ray.remote(LogWriter).options(name=LOG_WRITER_NAME, resources=dict(resources or {}), **options)
+    return named.remote(str(home))
 
 
 def stop() -> None:
