@@ -14,7 +14,7 @@ class Disk:
 
     def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
         """Open a file, made when `flags` say so, and return its descriptor."""
-        return os.open(path, flags | os.O_CLOEXEC, mode)
+        return os.open(path, flags, mode)
 
     def close(self, descriptor: int) -> None:
         """Close a descriptor."""

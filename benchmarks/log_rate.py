@@ -86,15 +86,20 @@ def rate_of_threads(home: Path, *, num_threads: int, seconds: float) -> float:
     def work(index: int) -> None:
         counts[index] = _append(trail, str(index), seconds)
 
+    wall_s = run_together(work, num_threads)
+    assert Trail.open(home).log.size == sum(counts) + 1, "every acknowledged record is in the log, once"
+    return sum(counts) / wall_s
+
+
+def run_together(work: Callable[[int], None], num_threads: int) -> float:
+    """Run `work(0)`, `work(1)`, ... in threads of their own; return the seconds until the last one ended."""
     threads = [threading.Thread(target=work, args=(index,)) for index in range(num_threads)]
     began = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    rate = sum(counts) / (time.perf_counter() - began)
-    assert Trail.open(home).log.size == sum(counts) + 1, "every acknowledged record is in the log, once"
-    return rate
+    return time.perf_counter() - began
 
 
 def rate_of_processes(home: Path, *, num_processes: int, seconds: float) -> float:
@@ -176,11 +181,7 @@ def receipt_traffic(
             now = time.perf_counter()
             sent.append(Sent(row.receipt_id, now - began, now))
 
-    threads = [threading.Thread(target=answer, args=(index,)) for index in range(num_replicas)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(answer, num_replicas)
     for replica in replicas:
         assert replica.close(timeout_s=60.0), "the log took every receipt"
     return sent, log.published_at
@@ -260,18 +261,12 @@ def actor_figures(folder: Path, *, seconds: float, load: dict[str, Any]) -> list
                 ray.get(writer.append.remote("approval", ApprovalBody(DIGEST, "approved", f"{index} {counts[index]}")))
                 counts[index] += 1
 
-        threads = [threading.Thread(target=call, args=(index,)) for index in range(NUM_WRITERS)]
-        began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        rate = sum(counts) / (time.perf_counter() - began)
+        wall_s = run_together(call, NUM_WRITERS)
 
         def append(rows: Sequence[ReceiptRow], replica: str) -> object:
             return ray.get(writer.append_completions.remote(rows, replica))
 
-        found = [Bound(f"{NUM_WRITERS} callers of the log writer actor", rate, "leaves/s")]
+        found = [Bound(f"{NUM_WRITERS} callers of the log writer actor", sum(counts) / wall_s, "leaves/s")]
         found += receipt_figures(home, append, **load)
         actors.stop()
     return found

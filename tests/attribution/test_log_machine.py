@@ -18,21 +18,10 @@ from attribution.log.note import Checkpoint, open_checkpoint
 from attribution.log.sequencer import LogError
 from attribution.trail import Draft
 from benchmarks.crash_disk import Crash, CrashDisk, Run
+from tests.attribution.test_merkle import mth
 
 DIGEST = "sha256:" + "ab" * 32
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EROFS]
-
-
-def slow_root(leaves: list[bytes]) -> bytes:
-    """RFC 6962 section 2.1, word for word."""
-    if not leaves:
-        return sha256(b"").digest()
-    if len(leaves) == 1:
-        return sha256(b"\x00" + leaves[0]).digest()
-    split = 1
-    while split * 2 < len(leaves):
-        split *= 2
-    return sha256(b"\x01" + slow_root(leaves[:split]) + slow_root(leaves[split:])).digest()
 
 
 class LogMachine(RuleBasedStateMachine):
@@ -112,11 +101,11 @@ class LogMachine(RuleBasedStateMachine):
         self.trail.refresh()
         log = self.trail.log
         leaves = list(log.leaves(0, log.size))
-        assert open_checkpoint(log.checkpoint, log.key) == Checkpoint(log.key.name, len(leaves), slow_root(leaves))
+        assert open_checkpoint(log.checkpoint, log.key) == Checkpoint(log.key.name, len(leaves), mth(leaves))
         for index, leaf_hash in self.acknowledged.items():
             assert sha256(b"\x00" + leaves[index]).hexdigest() == leaf_hash
         for checkpoint in self.run.signed:
-            assert checkpoint.size <= len(leaves) and slow_root(leaves[: checkpoint.size]) == checkpoint.root
+            assert checkpoint.size <= len(leaves) and mth(leaves[: checkpoint.size]) == checkpoint.root
         reasons = [entry.record.body.reason for entry in self.trail.entries()]  # type: ignore[union-attr]
         assert not self.refused & set(reasons)
         assert len(set(reasons)) == len(reasons)
