@@ -107,6 +107,10 @@ class PrivateRecords:
             self._disk.sync_directory(self._directory)
         return was_single or len(kept) < len(lines)
 
+    def distrust(self) -> None:
+        """Have the next append look at what lies in the segment: the leaves of the last one may not have been logged."""
+        self._end = None
+
     def trim(self, is_logged: IsLogged) -> int:
         """Cut what a crash or a failed append left behind the last logged line; return how many bytes that were."""
         found = segments(self._directory)

@@ -274,9 +274,11 @@ class Trail:
         self.private.append(first, [(item.leaf_hash, item.private) for item in staged], is_logged=self._is_logged)
         try:
             appender.append([item.leaf_bytes for item in staged])
-        except OSError:  # nothing was recorded, so nothing private stays behind
-            with suppress(OSError):
-                self.private.trim(self._is_logged)
+        except BaseException as error:
+            self.private.distrust()
+            if isinstance(error, OSError):  # nothing was recorded, so nothing private stays behind
+                with suppress(OSError):
+                    self.private.trim(self._is_logged)
             raise
         for item in staged:
             self._makers.add(item.record, item.leaf_hash)

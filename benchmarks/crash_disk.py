@@ -260,7 +260,7 @@ class Run:
         outcome = Outcome(damaged=[f"{when}: {problem}" for problem in self.refused])
         try:
             self._judge(home, when, outcome)
-        except UserError as error:
+        except (UserError, ValueError) as error:  # a home that cannot even be opened
             outcome.damaged.append(f"{when}: {error}")
         return outcome
 

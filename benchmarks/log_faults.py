@@ -167,7 +167,8 @@ def _check_acknowledged(trail: Trail, told: bytes, known: dict[int, str], tally:
     for index, leaf_hash in known.items():
         if index >= trail.log.size or trail.log.leaf_hash(index) != leaf_hash:
             tally.lost.append(f"kill {tally.kills}: entry {index} {leaf_hash}")
-    tally.lost += [f"kill {tally.kills}: record of {index}" for index in new if trail.entry(index).record is None]
+    there = [index for index in new if index < trail.log.size]
+    tally.lost += [f"kill {tally.kills}: record of {index}" for index in there if trail.entry(index).record is None]
 
 
 def _check_signed(trail: Trail, signed: Path, position: int, tally: Tally) -> int:

@@ -34,7 +34,9 @@ def fsck(
     if done:
         report = checker.check(home(), with_store=False)
     if as_json:
-        typer.echo(json.dumps({"sound": report.is_sound, "repaired": done, **asdict(report)}, indent=2))
+        found = {name: [asdict(finding) for finding in getattr(report, name)] for name in ("damage", "leftovers")}
+        result = {"sound": report.is_sound, "checked": dict(report.checked), "repaired": done, **found}
+        typer.echo(json.dumps(result, indent=2))
     else:
         _print(report, done)
     if not report.is_sound:

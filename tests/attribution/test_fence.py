@@ -92,6 +92,7 @@ def test_a_writer_that_was_stopped_wakes_up_fenced(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGCONT)
     new = Trail.open(home)
     new.log.take_over()
+    new.refresh()
     size = new.log.size
     os.kill(pid, signal.SIGCONT)
     with os.fdopen(read_end) as told:
@@ -124,7 +125,7 @@ def test_were_the_lock_none_no_second_history_would_be_signed(tmp_path: Path, mo
 
     def check() -> None:
         if next(checks) == 1:
-            Trail.open(home).log._fence.take_over()
+            fence.Fence(home / "log").take_over()
         real()
 
     monkeypatch.setattr(old.log._fence, "check", check)

@@ -54,7 +54,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda home: rewrite(next((home / "records").iterdir()), lambda b: b"ef" * 32 + b" {}\n" + b),
         "line 1 belongs to no entry",
     ),
-    "blob": (lambda home: corrupt(next((home / "store" / "blobs").glob("??/*")), 0), "its digest is"),
+    "blob": (lambda home: corrupt(next((home / "store" / "blobs").glob("??/*")), 0), "its bytes have the digest"),
     "writer": (lambda home: (home / "log" / "writer.json").write_text("[]") and None, "damaged"),
 }
 
