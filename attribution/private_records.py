@@ -108,7 +108,7 @@ class PrivateRecords:
         return was_single or len(kept) < len(lines)
 
     def distrust(self) -> None:
-        """Have the next append look at what lies in the segment: the leaves of the last one may not have been logged."""
+        """Have the next append look at the whole segment: the leaves of the last one may not have been logged."""
         self._end = None
 
     def trim(self, is_logged: IsLogged) -> int:
@@ -116,11 +116,19 @@ class PrivateRecords:
         found = segments(self._directory)
         if not found:
             return 0
-        path, self._end = found[-1], None
-        size, end = path.stat().st_size, logged_bytes(path, is_logged)
-        if end < size:
+        self._end = None
+        size = found[-1].stat().st_size
+        return size - self._logged_size(found[-1], is_logged)
+
+    def _logged_size(self, path: Path, is_logged: IsLogged) -> int:
+        """Cut a segment behind its last logged line and return its size; only what others added is read."""
+        stat, begin = path.stat(), 0
+        if self._end is not None and self._end[:2] == (path, stat.st_ino) and stat.st_size >= self._end[2]:
+            begin = self._end[2]
+        end = logged_bytes(path, is_logged, begin=begin)
+        if end < stat.st_size:
             self._cut(path, end)
-        return size - end
+        return end
 
     def _newest(self, start: int, is_logged: IsLogged) -> tuple[Path, int | None]:
         """The segment to append to and its size; None when it is a new one. Cuts what was never logged."""
@@ -136,7 +144,7 @@ class PrivateRecords:
                     f"records {path}: hold entries from number {start_of(path)} on, but the log has only {start}; "
                     "it was rolled back: restore its newer copy"
                 )
-            size = path.stat().st_size - self.trim(is_logged)
+            size = self._logged_size(path, is_logged)
         return (path, size) if size < self._segment_bytes else (self._segment(start), None)
 
     def _is_as_left(self, path: Path, inode: int, size: int) -> bool:
@@ -212,10 +220,19 @@ def read_lines(path: Path, num_bytes: int | None = None) -> list[tuple[str, byte
     return [(_hash_of(line), line[HASH_DIGITS + 1 :]) for line in data.split(b"\n")[:-1]]
 
 
-def logged_bytes(path: Path, is_logged: IsLogged) -> int:
-    """Return up to where a segment holds lines of the log: what follows its last logged line is a crash's."""
-    end = offset = 0
-    for line in path.read_bytes().split(b"\n")[:-1]:
+def logged_bytes(path: Path, is_logged: IsLogged, *, begin: int = 0) -> int:
+    """Return up to where a segment holds lines of the log: what follows its last logged line is a crash's.
+
+    The lines before `begin` are known to be the log's; when no line begins there any more, all are looked at.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, begin - 1))
+        if begin and file.read(1) != b"\n":
+            begin = 0
+            file.seek(0)
+        lines = file.read().split(b"\n")[:-1]
+    end = offset = begin
+    for line in lines:
         offset += len(line) + 1
         if is_logged(_hash_of(line)):
             end = offset
