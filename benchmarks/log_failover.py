@@ -30,9 +30,8 @@ from attribution import actors, fsck
 from attribution.bodies import ApprovalBody
 from attribution.log.fence import Fence
 from attribution.trail import Trail
-from cluster.session import ray_variables
+from cluster.session import ray_environment, ray_variables
 from cluster.state import ensure_token
-from configs import env
 
 DIGEST = "sha256:" + "ab" * 32
 NUM_CALLERS = 4
@@ -144,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="log-failover-")))
-        stack.enter_context(env.temporary_variables(ray_variables(ensure_token(folder / "token"))))
+        stack.enter_context(ray_environment(ray_variables(ensure_token(folder / "token"))))
         result = run(folder / "home", num_kills=1 if options.quick else 5, between=50)
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     for name, value in asdict(result).items():
