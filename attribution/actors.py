@@ -4,9 +4,11 @@ The writer and each scorer are processes of their own. Both outlive the program 
 crash; the log itself is safe under either (see trail.py).
 """
 
+import contextlib
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +32,30 @@ SCORER_CPUS = 0.5
 START_TIMEOUT_S = 300.0
 """A worker process imports Ray and transformers in 3 s alone and in minutes on a machine that is busy."""
 NUM_CACHED_ANSWERS = 256
+WRITER_THREADS = 32
+"""Calls that the log writer takes at once; those that wait on the disk share its commits."""
+RELEASE_TIMEOUT_S = 10.0
+DETACHED: dict[str, Any] = {
+    "namespace": NAMESPACE,
+    "lifetime": "detached",
+    "get_if_exists": True,
+    "max_restarts": -1,
+}
 
 
 class LogWriter:
-    """Appends records for everyone else; torch-free, so that it starts fast and stays small."""
+    """Appends records for everyone else; torch-free, so that it starts fast and stays small.
+
+    It takes the log over when it starts: one that runs elsewhere still, cut off or forgotten, is fenced off from then
+    on (FencedError). Calls run side by side in threads and share the log's commits.
+    """
 
     def __init__(self, home: str) -> None:
         self._trail = Trail.open(Path(home))
+        self._trail.log.take_over()
+        self._changed = threading.Condition()
+        self._in_flight: set[str] = set()
+        self._loading = threading.Lock()
         self._loads: dict[tuple[str, str], str] = {}
         self._num_read = 0
 
@@ -44,29 +63,48 @@ class LogWriter:
         """Answer once the log is open."""
         return True
 
+    def release(self) -> None:
+        """Give the log up before the end, so that any machine may append to it."""
+        self._trail.log.release()
+
     def append_completions(self, rows: Sequence[ReceiptRow], replica: str) -> str:
         """Record a batch of receipts of one replica and return its leaf hash; durable when this returns.
 
-        Rows the log has are left out, so that appending again after a lost reply is safe: calls run one at a time.
-        Raises ReceiptError or RecordError for rows that the log can never take.
+        Rows the log has are left out, so that appending again after a lost reply is safe, even while the first call
+        still runs. Raises ReceiptError or RecordError for rows that the log can never take.
         """
-        return append_once(self._trail, rows, replica=replica)
+        with self._alone({str(row.receipt.get("id")) for row in rows}):
+            return append_once(self._trail, rows, replica=replica)
+
+    @contextlib.contextmanager
+    def _alone(self, receipt_ids: set[str]) -> Iterator[None]:
+        """Wait until no other call is recording one of these receipts, then keep others from it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not receipt_ids & self._in_flight)
+            self._in_flight |= receipt_ids
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_flight -= receipt_ids
+                self._changed.notify_all()
 
     def adapter_loaded(self, replica: str, adapter: str, base: str) -> str:
         """Record, once for each replica and adapter, that the one serves the other; return the leaf hash."""
+        with self._loading:
+            self._read_loads()
+            if (replica, adapter) in self._loads:
+                return self._loads[replica, adapter]
+            body = AdapterLoadedBody(replica=replica, adapter=adapter, base=base)
+            inputs = (Artefact("adapter", "adapter", adapter), Artefact("base_model", "base", base))
+            return self.append("adapter_loaded", body, inputs=inputs)
+
+    def _read_loads(self) -> None:
         for entry in self._trail.entries(start=self._num_read, kind="adapter_loaded"):
             self._num_read = entry.index + 1
             if entry.record is not None and isinstance(entry.record.body, AdapterLoadedBody):
                 known = entry.record.body
                 self._loads.setdefault((known.replica, known.adapter), entry.leaf_hash)
-        if (replica, adapter) in self._loads:
-            return self._loads[replica, adapter]
-        body = AdapterLoadedBody(replica=replica, adapter=adapter, base=base)
-        return self.append(
-            "adapter_loaded",
-            body,
-            inputs=(Artefact("adapter", "adapter", adapter), Artefact("base_model", "base", base)),
-        )
 
     def append(self, kind: str, body: Body, **fields: Any) -> str:
         """Record anything; `fields` are those of `Trail.record`. Returns the leaf hash."""
@@ -110,15 +148,24 @@ class Scorer:
 
 def start(home: Path | str, settings: "AttributionSettings") -> None:
     """Start the log writer and the scorers on the connected cluster unless they run; return when they answer."""
-    options = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "max_restarts": -1}
-    # A task that was cut off is not tried again by Ray: the caller knows whether appending twice would hurt.
-    writer = ray.remote(LogWriter).options(name=LOG_WRITER_NAME, num_cpus=WRITER_CPUS, max_task_retries=0, **options)
     scorer = ray.remote(Scorer)
-    actors = [writer.remote(str(home))]
+    actors = [start_log_writer(home)]
     for index in range(settings.num_scorers):
-        named = scorer.options(name=SCORER_NAME.format(index), num_cpus=SCORER_CPUS, max_task_retries=0, **options)
+        named = scorer.options(name=SCORER_NAME.format(index), num_cpus=SCORER_CPUS, max_task_retries=0, **DETACHED)
         actors.append(named.remote(str(home), ExplainSettings.of(settings), settings.threads_per_scorer))
     ray.get([actor.ready.remote() for actor in actors], timeout=START_TIMEOUT_S)
+
+
+def start_log_writer(home: Path | str, resources: Mapping[str, float] | None = None) -> Any:
+    """Start the log writer on the connected cluster unless it runs, and return its handle at once.
+
+    Ray starts it again when its process or node dies, on any node with `resources`: name there what only the nodes
+    that see the home folder have.
+    """
+    # A task that was cut off is not tried again by Ray: the caller knows whether appending twice would hurt.
+    options = {"num_cpus": WRITER_CPUS, "max_task_retries": 0, "max_concurrency": WRITER_THREADS, **DETACHED}
+    named = ray.remote(LogWriter).options(name=LOG_WRITER_NAME, resources=dict(resources or {}), **options)
+    return named.remote(str(home))
 
 
 def stop() -> None:
@@ -130,6 +177,8 @@ def stop() -> None:
         ValueError: no log writer runs.
         TimeoutError: the names were not freed in `START_TIMEOUT_S` seconds.
     """
+    with contextlib.suppress(ray.exceptions.RayError):  # a writer that hangs or was fenced off is ended all the same
+        ray.get(log_writer().release.remote(), timeout=RELEASE_TIMEOUT_S)
     for actor in [log_writer(), *scorers()]:
         ray.kill(actor, no_restart=True)
     deadline = time.monotonic() + START_TIMEOUT_S

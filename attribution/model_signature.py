@@ -30,9 +30,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from attribution.disk import REAL
 from attribution.log.note import NoteError, decode_base64
 from attribution.records import PAYLOAD_TYPE, STATEMENT_TYPE, RecordError, parse_strict, pre_auth_encoding
-from attribution.store import MANIFEST, Manifest, sync_directory
+from attribution.store import MANIFEST, Manifest
 from configs.errors import UserError
 
 FORMAT = "https://model_signing/signature/v1.0"
@@ -219,4 +220,4 @@ def _create(path: Path) -> None:
             path.hardlink_to(name)
     finally:
         Path(name).unlink(missing_ok=True)
-    sync_directory(path.parent)
+    REAL.sync_directory(path.parent)

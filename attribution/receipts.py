@@ -145,8 +145,8 @@ def append_completions(trail: "Trail", rows: Sequence[ReceiptRow], *, replica: s
 def append_once(trail: "Trail", rows: Sequence[ReceiptRow], *, replica: str) -> str:
     """As `append_completions`, leaving out rows the log has: what a caller does whose reply was lost.
 
-    Returns the leaf hash of the new record, or of the one that holds the last row when all are known. Only for a
-    single writer: two at a time could both find a row missing.
+    Returns the leaf hash of the new record, or of the one that holds the last row when all are known. Two at a time
+    could both find a row missing: the caller keeps calls with one row in common apart, and other writers are fenced.
 
     Raises:
         ReceiptError: as `append_completions`, or an id that another receipt in the log has.

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origi
 import rfc8785
 
 from attribution.bodies import BODY_OF_KIND, DIGEST_FORMAT, HEX_FORMAT, KINDS, Body, Digest, Hex32
+from attribution.canonical import MAX_INTEGER, canonical_json
 from attribution.keys import key_id_of, verify_signature
 from attribution.log.merkle import hash_leaf
 from attribution.log.note import NoteError, decode_base64
@@ -33,7 +34,6 @@ PREDICATE_TYPE = re.compile(r"https://trailmark\.dev/record/([a-z_]+)/v1")
 PUBLIC_SUBJECT_KINDS = ("adapter", "base_model")
 MAX_ENVELOPE_BYTES = 64 * 1024
 MAX_LEAF_BYTES = 65_535  # tlog-tiles: an entry's length is a uint16
-MAX_INTEGER = 2**53 - 1  # RFC 8785: beyond it JSON numbers are not exact in every language
 SALT_BYTES = 32
 LEAF_VERSION = 1
 PATTERNS = {DIGEST_FORMAT: re.compile(r"sha256:[0-9a-f]{64}"), HEX_FORMAT: re.compile(r"[0-9a-f]{64}")}
@@ -149,7 +149,7 @@ class Leaf:
 
     def to_bytes(self) -> bytes:
         """Return the RFC 8785 bytes that the log hashes."""
-        data = rfc8785.dumps(self.to_json())
+        data = canonical_json(self.to_json())
         if len(data) > MAX_LEAF_BYTES:
             raise RecordError(
                 f"leaf of a {self.kind} record: {len(data)} bytes with {len(self.parents)} parents, over the log's "
@@ -192,10 +192,15 @@ def record_to_envelope(record: Record, signer: Signer) -> bytes:
 
     RecordError when a field has the wrong type or the envelope would exceed 64 KB.
     """
-    payload = rfc8785.dumps(statement_of(record))
-    _record_of_statement(json.loads(payload))  # what could not be read back is not signed
+    return sign_record(record, signer)[0]
+
+
+def sign_record(record: Record, signer: Signer) -> tuple[bytes, Record]:
+    """As `record_to_envelope`, with the record as it will be read back from the envelope."""
+    payload = canonical_json(statement_of(record))
+    as_read = _record_of_statement(json.loads(payload))  # what could not be read back is not signed
     signature = {"keyid": signer.key_id, "sig": b64encode(signer.sign(pre_auth_encoding(payload))).decode()}
-    envelope = rfc8785.dumps(
+    envelope = canonical_json(
         {"payload": b64encode(payload).decode(), "payloadType": PAYLOAD_TYPE, "signatures": [signature]}
     )
     if len(envelope) > MAX_ENVELOPE_BYTES:
@@ -203,7 +208,7 @@ def record_to_envelope(record: Record, signer: Signer) -> bytes:
             f"{record.kind} record: {len(envelope)} bytes, over the limit of {MAX_ENVELOPE_BYTES}; "
             "put the table in the store (trail.put_table) and name its digest in the record"
         )
-    return envelope
+    return envelope, as_read
 
 
 def record_from_envelope(envelope: bytes) -> Record:
@@ -259,7 +264,7 @@ def parse_strict(data: bytes | str, what: str) -> Any:
 def canonical_bytes(value: Any, what: str) -> bytes:
     """Return the RFC 8785 bytes of a JSON value; RecordError when it has none."""
     try:
-        return rfc8785.dumps(value)
+        return canonical_json(value)
     except (rfc8785.CanonicalizationError, UnicodeError, RecursionError) as error:
         raise RecordError(f"{what}: has no canonical JSON form: {error}") from error
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import rfc8785
 
+from attribution.disk import REAL, Disk, NewFile, make_directory
+from attribution.disk import write_atomically as write_atomically
 from configs.errors import UserError
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -62,26 +64,23 @@ class ManifestFile:
 class Store:
     """Blobs and directories under one root: a local path or a file:// URL (other schemes: not yet)."""
 
-    def __init__(self, url: str | Path) -> None:
+    def __init__(self, url: str | Path, *, disk: Disk = REAL) -> None:
         self.root = _local_path(url)
+        self._disk = disk
 
     def put_blob(self, source: bytes | Path) -> str:
         """Store bytes, or a file's bytes, and return their digest; durable when this returns."""
         directory = self.root / "blobs"
-        make_directory(directory)
-        descriptor, name = tempfile.mkstemp(dir=directory, prefix=".new-")
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                hexadecimal, _ = _copy(source, file)
-            target = self._blob_path(f"sha256:{hexadecimal}")
-            target.parent.mkdir(exist_ok=True)
-            temporary.replace(target)
-            sync_directory(target.parent)
-            sync_directory(directory)  # each time: whoever made blobs/ab may not have come to this line
-        finally:
-            temporary.unlink(missing_ok=True)
-        return f"sha256:{hexadecimal}"
+        make_directory(directory, disk=self._disk)
+        hasher = sha256()
+        with NewFile(directory / "new", disk=self._disk) as file:
+            file.write(_hashed(hasher, source))
+            digest = f"sha256:{hasher.hexdigest()}"
+            target = self._blob_path(digest)
+            self._disk.make_directory(target.parent)
+            file.name(target)
+            self._disk.sync_directory(directory)  # each time: whoever made blobs/ab may not have come to this line
+        return digest
 
     def get_blob(self, digest: str) -> bytes:
         """Return the bytes of a digest; StoreError when they are missing or no longer match it."""
@@ -151,11 +150,11 @@ class Store:
     def _adopt(self, temporary: Path, target: Path) -> None:
         """Move a finished folder to its name; an equal one that is there already stays, an altered one is replaced."""
         for folder in {temporary, *(file.parent for file in temporary.rglob("*"))}:
-            sync_directory(folder)
+            self._disk.sync_directory(folder)
         if target.exists():
             try:
                 self.get_directory(f"sha256:{target.name}")
-                sync_directory(target.parent)  # whoever moved it there may not have come so far
+                self._disk.sync_directory(target.parent)  # whoever moved it there may not have come so far
                 return
             except StoreError:
                 shutil.rmtree(target)
@@ -165,7 +164,7 @@ class Store:
         except OSError:
             if not target.exists():  # else another process stored the same content first
                 raise
-        sync_directory(target.parent)
+        self._disk.sync_directory(target.parent)
 
     def _blob_path(self, digest: str) -> Path:
         hexadecimal = _hexadecimal(digest)
@@ -194,35 +193,6 @@ def open_directory(folder: Path) -> tuple[str, Manifest]:
     return digest, manifest
 
 
-def sync_directory(path: Path) -> None:
-    """Make a directory's entries durable (POSIX: a new name needs its own fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory and what is missing above it, each durable; one that is there stays as it is."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
-        sync_directory(folder.parent)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by `data`, whole or not at all, durable on return."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            _copy(data, file)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    sync_directory(path.parent)
-
-
 def _local_path(url: str | Path) -> Path:
     text = str(url)
     if "://" not in text:
@@ -242,13 +212,19 @@ def _hexadecimal(digest: str) -> str:
 def _copy(source: bytes | Path, file: Any) -> tuple[str, int]:
     """Write `source` to an open file, fsync it, return its SHA-256 in hex and its size."""
     hasher, num_bytes = sha256(), 0
-    for piece in [source] if isinstance(source, bytes) else _pieces(source):
-        hasher.update(piece)
+    for piece in _hashed(hasher, source):
         file.write(piece)
         num_bytes += len(piece)
     file.flush()
     os.fsync(file.fileno())
     return hasher.hexdigest(), num_bytes
+
+
+def _hashed(hasher: Any, source: bytes | Path) -> Iterator[bytes]:
+    """The pieces of `source`, each taken into the hash on its way."""
+    for piece in [source] if isinstance(source, bytes) else _pieces(source):
+        hasher.update(piece)
+        yield piece
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

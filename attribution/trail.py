@@ -1,45 +1,42 @@
 """The one facade over a home folder: keys, store, log, registry, and the records between them.
 
 Cheap to open and safe from many processes and threads: every append takes the log's lock, catches up, writes the
-private record, fsyncs it, appends its leaf (see log/sequencer.py) and returns only when all of it is durable.
+private records, fsyncs them, appends their leaves (see log/sequencer.py) and returns only when all of it is durable.
+Threads that append at once share one such commit.
 """
 
 import json
-import os
-import secrets
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import rfc8785
-
-from attribution.bodies import ContributorBody, PublicationBody
+from attribution.bodies import Body
+from attribution.canonical import canonical_json
+from attribution.disk import REAL, Disk, make_directory, write_atomically
+from attribution.group_commit import GroupCommit
 from attribution.keys import KeyRing, SigningKey
-from attribution.log.note import NoteKey
-from attribution.log.sequencer import Log, file_lock
-from attribution.provenance import code_identity, environment_digest, environment_manifest
+from attribution.log.note import NoteKey, Signs
+from attribution.log.sequencer import Appender, Log, file_lock, refusing
+from attribution.private_records import PrivateRecords
+from attribution.provenance import environment_digest, environment_manifest
 from attribution.records import (
-    SALT_BYTES,
     Artefact,
-    Body,
     Leaf,
     Party,
     Record,
     RecordError,
-    build_leaf,
     canonical_bytes,
     commitment_of,
     parse_canonical,
     record_from_envelope,
-    record_to_envelope,
 )
 from attribution.registry import Registry
-from attribution.store import Store, sync_directory, write_atomically
+from attribution.staging import ALIAS_KINDS, UNINDEXED_KINDS, Draft, Group, Makers, Staged, TrailError, record_of
+from attribution.store import Store
 from configs.env import home as default_home
-from configs.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -47,12 +44,9 @@ if TYPE_CHECKING:
 OPERATOR, LOG_KEY = "operator", "log"
 TRUST_FILE = "trust.json"
 TRUST_VERSION = 1
-UNINDEXED_KINDS = frozenset({"completions", "adapter_loaded"})  # many per minute; nothing is made from their outputs
-ALIAS_KINDS = frozenset({"publication"})  # name an artefact that another record made
+MAX_GROUP = 512  # callers whose records share one commit
 
-
-class TrailError(UserError):
-    """No trail here, a leaf hash that is not in it, or a record altered on disk."""
+__all__ = ["Draft", "Entry", "Trail", "TrailError", "is_leaf", "record_of"]
 
 
 class Configuration(Protocol):
@@ -73,66 +67,47 @@ class Entry:
     salt: bytes | None
 
 
-@dataclass(frozen=True)
-class Draft:
-    """What a caller says of a record; the trail adds time, code, environment, parents, salt and signature."""
-
-    kind: str
-    body: Body
-    inputs: Sequence[Artefact] = ()
-    outputs: Sequence[Artefact] = ()
-    contributors: Sequence[Party] = ()
-    parents: Sequence[str] | None = None
-    signer: SigningKey | None = None
-    config: str | None = None
-    seed: int = 0
-    attempt: int = 1
-    parent_attempt: str | None = None
-    time_us: int | None = None
-
-
-@dataclass(frozen=True)
-class _Staged:
-    """A record ready to be written: its leaf and the private half."""
-
-    leaf: bytes
-    leaf_hash: str
-    private: bytes
-
-
 class Trail:
     """A home folder's records; open one with `Trail.open`."""
 
-    def __init__(self, home: Path, log: Log) -> None:
+    def __init__(self, home: Path, log: Log, *, disk: Disk = REAL) -> None:
         self.home = home
         self.keys = KeyRing(home)
-        self.store = Store(home / "store")
+        self.store = Store(home / "store", disk=disk)
         self.log = log
-        self.mutex = threading.RLock()  # taken before the log's own, never after
+        self.mutex = threading.RLock()  # taken before the log's own, never after; who holds it must not record
         self.registry = Registry(self)
-        self._records = home / "records"
+        self.private = PrivateRecords(home / "records", disk=disk)
+        self._commits = GroupCommit(self._commit, max_requests=MAX_GROUP)
         self._leaves: list[Leaf] = []
-        self._newest_output: dict[str, str] = {}  # artefact digest -> leaf hash of the newest record that made it
-        self._contributor: dict[str, str] = {}  # key id -> leaf hash of its contributor record
+        self._makers = Makers()
         self._indexed = 0
+        self._has_environment = False
 
     @classmethod
-    def open(cls, home: Path | None = None, *, create: bool = True) -> "Trail":
+    def open(
+        cls, home: Path | None = None, *, create: bool = True, log_signer: Signs | None = None, disk: Disk = REAL
+    ) -> "Trail":
         """Open the trail of a home folder (configs.env.home() by default); the first open makes keys and log.
+
+        `log_signer` signs checkpoints in place of the key in the home, with the same key kept elsewhere.
 
         Raises:
             TrailError: there is none and `create` is False.
             LogError: the log does not match its signed checkpoint.
+            LogDiskError: a new home cannot be written.
         """
         home = Path(home) if home is not None else default_home()
         if not (home / TRUST_FILE).is_file():
             if not create:
                 raise TrailError(f"home {home}: holds no trail; set TRAILMARK_HOME, or contribute rows to start one")
-            _create(home)
+            with refusing(home):
+                _create(home, disk)
         trust = json.loads((home / TRUST_FILE).read_text(encoding="utf-8"))
         keys = KeyRing(home)
-        signer = keys.get(LOG_KEY) if keys.has(LOG_KEY) else None
-        return cls(home, Log(home / "log", NoteKey.parse(trust["log"]), signer=signer, is_leaf=_is_leaf))
+        signer = log_signer or (keys.get(LOG_KEY) if keys.has(LOG_KEY) else None)
+        log = Log(home / "log", NoteKey.parse(trust["log"]), signer=signer, is_leaf=is_leaf, disk=disk)
+        return cls(home, log, disk=disk)
 
     def record(
         self,
@@ -159,6 +134,9 @@ class Trail:
         Raises:
             RecordError: a field of the wrong type, or a record over 64 KB.
             RegistryError: a publication whose name@version is taken.
+            LogDiskError: the disk is full, read-only or failing; nothing was recorded.
+            OutcomeUnknown: the disk failed so late that the record may be in the log.
+            FencedError: another writer took the log over.
         """
         draft = Draft(
             kind, body, inputs, outputs, contributors, parents, signer, config, seed, attempt, parent_attempt, time_us
@@ -166,17 +144,15 @@ class Trail:
         return self.record_many([draft])[0]
 
     def record_many(self, drafts: Sequence[Draft]) -> list[Entry]:
-        """Append several records as one group (one fsync of the log, one checkpoint) and return their entries."""
+        """Append several records, all or none, and return their entries; they share a commit with other threads'."""
         if not drafts:
             return []
-        self._store_environment()
-        with self.mutex, self.log.exclusive() as appender:
-            self._index()
-            first = self.log.size
-            staged = self._stage_all(drafts)
-            self._write_private(staged)
-            appender.append([item.leaf for item in staged])
-            return [self._entry(index) for index in range(first, self.log.size)]
+        return self._commits.submit(tuple(drafts))
+
+    def delete_record(self, leaf_hash: str) -> bool:
+        """Remove a record and its salt for good; return whether they were there. Its leaf and all proofs stay."""
+        with self.mutex, self.log.exclusive():
+            return self.private.erase(self.entry_index(leaf_hash), leaf_hash)
 
     def refresh(self) -> None:
         """Catch up with other processes' appends."""
@@ -205,7 +181,7 @@ class Trail:
         """Return the newest record that made the artefact `digest` (a publication only names one), or None."""
         with self.mutex:
             self._index()
-            leaf_hash = self._newest_output.get(digest)
+            leaf_hash = self._makers.newest_output.get(digest)
         return None if leaf_hash is None else self.entry(leaf_hash)
 
     def entry_index(self, leaf_hash: str) -> int:
@@ -274,59 +250,47 @@ class Trail:
         """Store a resolved configuration as canonical JSON, floats as their repr, and return its digest."""
         return self.put_json(_without_floats(configuration.model_dump(mode="json")))
 
-    def _stage_all(self, drafts: Sequence[Draft]) -> list[_Staged]:
-        """Build each record in turn, so that a later one of the group finds its parents among the earlier ones."""
-        staged: list[_Staged] = []
-        made: dict[str, str] = {}
-        last_time_us = self._leaves[-1].time_us if self._leaves else 0
-        for draft in drafts:
-            now_us = time.time_ns() // 1000 if draft.time_us is None else draft.time_us
-            last_time_us = max(last_time_us, now_us)
-            item = self._stage(draft, last_time_us, made)
-            staged.append(item)
-            if draft.kind not in ALIAS_KINDS:
-                made.update({output.digest: item.leaf_hash for output in draft.outputs})
-        return staged
+    def _commit(self, requests: Sequence[Sequence[Draft]]) -> list[list[Entry] | Exception]:
+        """Append the records of several callers as one group; what one of them cannot record fails alone."""
+        with self.mutex, self.log.exclusive() as appender:
+            self._store_environment()
+            self._index()
+            group = Group(
+                self._makers,
+                last_time_us=self._leaves[-1].time_us if self._leaves else 0,
+                operator=lambda: self.keys.get(OPERATOR),
+                is_logged=self._is_logged,
+                require_free=self.registry.require_free,
+            )
+            staged = [_outcome(group, drafts) for drafts in requests]
+            entries = iter(self._append(appender, group.staged))
+            return [item if isinstance(item, Exception) else [next(entries) for _ in item] for item in staged]
 
-    def _stage(self, draft: Draft, time_us: int, made: Mapping[str, str]) -> _Staged:
-        if isinstance(draft.body, PublicationBody):
-            self.registry.require_free(draft.body.name, draft.body.version)
-        signer = draft.signer or self.keys.get(OPERATOR)
-        record = record_of(draft, time_us=time_us)
-        envelope = record_to_envelope(record, signer)
-        salt = secrets.token_bytes(SALT_BYTES)
-        parents = self._parents(draft, signer, made) if draft.parents is None else tuple(draft.parents)
-        for parent in parents:
-            if self.log.index_of(parent) is None and parent not in made.values():
-                raise TrailError(
-                    f"parent {parent}: not in the log of {self.home}; a parent is recorded before its child"
-                )
-        leaf = build_leaf(record, envelope, salt=salt, parents=parents)
-        private = rfc8785.dumps({"salt": salt.hex(), "envelope": json.loads(envelope)})
-        return _Staged(leaf.to_bytes(), leaf.leaf_hash, private)
-
-    def _parents(self, draft: Draft, signer: SigningKey, made: Mapping[str, str]) -> tuple[str, ...]:
-        """The records that made the inputs, then the contributor record of the signing key, each once."""
-        known = {**self._newest_output, **made}
-        found = [known[artefact.digest] for artefact in draft.inputs if artefact.digest in known]
-        if draft.kind != "contributor" and signer.key_id in self._contributor:
-            found.append(self._contributor[signer.key_id])
-        return tuple(dict.fromkeys(found))
-
-    def _write_private(self, staged: Sequence[_Staged]) -> None:
-        descriptors = []
+    def _append(self, appender: Appender, staged: Sequence[Staged]) -> list[Entry]:
+        """Write the private halves, then the leaves; return the entries, durable."""
+        if not staged:
+            return []
+        first = self.log.size
+        self.private.append(first, [(item.leaf_hash, item.private) for item in staged], is_logged=self._is_logged)
         try:
-            for item in staged:
-                path = self._records / f"{item.leaf_hash}.json"
-                descriptors.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-                with os.fdopen(os.dup(descriptors[-1]), "wb") as file:
-                    file.write(item.private)
-            for descriptor in descriptors:
-                os.fsync(descriptor)
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-        sync_directory(self._records)
+            appender.append([item.leaf_bytes for item in staged])
+        except BaseException as error:
+            self.private.distrust()
+            if isinstance(error, OSError):  # nothing was recorded, so nothing private stays behind
+                with suppress(OSError):
+                    self.private.trim(self._is_logged)
+            raise
+        for item in staged:
+            self._makers.add(item.record, item.leaf_hash)
+        self._leaves += [item.leaf for item in staged]
+        self._indexed = len(self._leaves)
+        return [
+            Entry(first + offset, item.leaf_hash, item.leaf, item.record, item.envelope, item.salt)
+            for offset, item in enumerate(staged)
+        ]
+
+    def _is_logged(self, leaf_hash: str) -> bool:
+        return self.log.index_of(leaf_hash) is not None
 
     def _read_leaves(self) -> int:
         """Catch up with the log and return the number of leaves."""
@@ -345,76 +309,65 @@ class Trail:
             if kind in UNINDEXED_KINDS or kind in ALIAS_KINDS:
                 continue
             entry = self._entry(index)
-            if entry.record is None:
-                continue
-            if isinstance(entry.record.body, ContributorBody):
-                self._contributor[entry.record.body.key_id] = entry.leaf_hash
-            self._newest_output.update({output.digest: entry.leaf_hash for output in entry.record.outputs})
+            if entry.record is not None:
+                self._makers.add(entry.record, entry.leaf_hash)
 
     def _entry(self, index: int) -> Entry:
         """Read the record behind a leaf and check it against the leaf's commitment."""
         self._read_leaves()
         leaf, leaf_hash = self._leaves[index], self.log.leaf_hash(index)
-        path = self._records / f"{leaf_hash}.json"
-        try:
-            private = path.read_bytes()
-        except FileNotFoundError:
+        private = self.private.read(index, leaf_hash)
+        if private is None:
             return Entry(index, leaf_hash, leaf, None, None, None)
         try:
             value = parse_canonical(private, "private record")
-            envelope, salt = rfc8785.dumps(value["envelope"]), bytes.fromhex(value["salt"])
+            envelope, salt = canonical_json(value["envelope"]), bytes.fromhex(value["salt"])
             if commitment_of(salt, envelope) != leaf.commitment:
                 raise RecordError("it does not match the commitment in the log")
             record = record_from_envelope(envelope)
         except (RecordError, KeyError, TypeError, ValueError) as error:
-            raise TrailError(f"record {path}: altered on disk: {error}; restore it from a copy") from error
+            raise TrailError(
+                f"record {leaf_hash} in {self.home / 'records'}: altered on disk: {error}; restore it from a copy"
+            ) from error
         return Entry(index, leaf_hash, leaf, record, envelope, salt)
 
     def _store_environment(self) -> None:
-        if not self.store.has(environment_digest()):
+        if not self._has_environment and not self.store.has(environment_digest()):
             self.store.put_blob(environment_manifest())
+        self._has_environment = True
 
 
-def record_of(draft: Draft, *, time_us: int) -> Record:
-    """Return the record of a draft, with the code and environment of this process."""
-    return Record(
-        kind=draft.kind,
-        contributors=tuple(draft.contributors),
-        inputs=tuple(draft.inputs),
-        outputs=tuple(draft.outputs),
-        code=code_identity(),
-        environment=environment_digest(),
-        config=draft.config,
-        seed=draft.seed,
-        attempt=draft.attempt,
-        parent_attempt=draft.parent_attempt,
-        time_us=time_us,
-        body=draft.body,
-    )
+def _outcome(group: Group, drafts: Sequence[Draft]) -> Sequence[Staged] | Exception:
+    """What staging one caller's drafts gives: the records, or the error that is that caller's alone."""
+    try:
+        return group.add(drafts)
+    except Exception as error:
+        return error
 
 
-def _create(home: Path) -> None:
+def _create(home: Path, disk: Disk) -> None:
     """Make folders, keys, an empty log and trust.json; safe when several processes do so at once."""
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_directory(home.parent, disk=disk)
+    make_directory(home, 0o700, disk=disk)
     for name in ("log", "records", "store", "keys", "views", "run"):
-        (home / name).mkdir(mode=0o700, exist_ok=True)
+        make_directory(home / name, 0o700, disk=disk)
     with file_lock(home / "log" / "lock"):
         if (home / TRUST_FILE).is_file():
             return
         keys = KeyRing(home)
         operator, log_key = (keys.get(name) if keys.has(name) else keys.create(name) for name in (OPERATOR, LOG_KEY))
         origin = f"trailmark.local/{log_key.key_id[:16]}"
-        Log.create(home / "log", origin, log_key)
+        Log.create(home / "log", origin, log_key, disk=disk)
         trust = {
             "version": TRUST_VERSION,
             "log": str(NoteKey(origin, log_key.public_bytes)),
             "keys": {operator.key_id: operator.public_hex},
         }
-        write_atomically(home / TRUST_FILE, json.dumps(trust, indent=2).encode() + b"\n")
-        sync_directory(home)
+        write_atomically(home / TRUST_FILE, json.dumps(trust, indent=2).encode() + b"\n", disk=disk)
 
 
-def _is_leaf(data: bytes) -> bool:
+def is_leaf(data: bytes) -> bool:
+    """Return whether bytes are a leaf of this log: whole and canonical."""
     try:
         Leaf.from_bytes(data)
     except RecordError:

@@ -8,12 +8,27 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import ask, config, data, demo, engine, export, jobs, log, replay, serve, train, views
+from cluster.commands import ask, config, data, demo, engine, export, fsck, jobs, log, replay, serve, train, views
 from cluster.commands import cluster as cluster_commands
 from configs.errors import UserError
 
 # Order of the panels in `--help`: the road a row travels.
-COMMAND_MODULES = (demo, cluster_commands, data, train, export, serve, engine, ask, log, replay, views, jobs, config)
+COMMAND_MODULES = (
+    demo,
+    cluster_commands,
+    data,
+    train,
+    export,
+    serve,
+    engine,
+    ask,
+    log,
+    fsck,
+    replay,
+    views,
+    jobs,
+    config,
+)
 
 app = typer.Typer(
     name="trailmark",

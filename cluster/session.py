@@ -71,7 +71,7 @@ def connect(home: Path) -> Iterator[str]:
     if not state.is_alive("ray"):
         raise UserError(f"no cluster is up for {home}; start one with `trailmark up`")
     variables = {**ray_variables(ensure_token(home)), "RAY_ADDRESS": state.ray_address}
-    with _environment(variables):
+    with ray_environment(variables):
         ray.init(address=state.ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
         try:
             yield state.ray_address
@@ -97,7 +97,7 @@ def private_ray(
     with contextlib.ExitStack() as stack:
         if token_file is None:
             token_file = ensure_token(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trailmark-token-"))))
-        stack.enter_context(_environment(ray_variables(token_file)))
+        stack.enter_context(ray_environment(ray_variables(token_file)))
         options = {
             "num_cpus": num_cpus,
             "num_gpus": num_gpus,
@@ -108,7 +108,7 @@ def private_ray(
         started = _start_private(options)
         address = str(ray.get_runtime_context().gcs_address)
         # Two clusters may share this host: Train, Serve and workers must find this one.
-        stack.enter_context(_environment({"RAY_ADDRESS": address}))
+        stack.enter_context(ray_environment({"RAY_ADDRESS": address}))
         yield address
     shutil.rmtree(started.address_info["session_dir"], ignore_errors=True)
 
@@ -133,7 +133,7 @@ def _start_private(options: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def ray_environment(values: dict[str, str]) -> Iterator[None]:
     """Set variables for the block, and have Ray's own cache of them read again on both sides."""
     try:
         with env.temporary_variables(values):

@@ -1,5 +1,6 @@
 """One call through the engine: verify the adapter, stream the tokens, leave a receipt whatever happens. Free of Ray."""
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -21,6 +22,7 @@ from serve_apps.engine.errors import (
 )
 from serve_apps.errors import ApiError, Problem, internal, overloaded, tampered
 from serve_apps.openai import output_digest
+from serve_apps.spool import Segment
 from serve_apps.usage import Receipts, Server, receipt_row
 
 logger = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ class Completer:
         return last
 
     async def stream(self, call: Call) -> AsyncGenerator[Piece, None]:
-        """Yield deltas, then one Answer or one Problem. The receipt is in the spool before the last piece is out.
+        """Yield deltas, then one Answer or one Problem. The receipt is durable before the last piece is out.
 
         A caller who goes away (cancellation, or closing this generator) aborts the request and leaves a receipt with
         the finish reason "abort" for what was generated until then.
@@ -99,7 +101,7 @@ class Completer:
         except ApiError as error:
             yield error.problem
             return
-        progress, problem = _Progress(call), None
+        progress, problem, noted = _Progress(call), None, None
         try:
             outputs = cast(AsyncGenerator[Output, None], self._engine.generate(request))
             async with contextlib.aclosing(outputs):
@@ -116,7 +118,9 @@ class Completer:
         finally:
             answer = progress.answer()
             if progress.token_ids or progress.finish_reason != "error":
-                self._note(call, answer)
+                noted = self._note(call, answer)
+        if noted is not None:
+            await asyncio.to_thread(noted.sync)
         if progress.error:
             logger.error("request %s failed in the engine: %s", call.receipt_id, progress.error)
             problem = internal(call.receipt_id)
@@ -141,10 +145,10 @@ class Completer:
                 raise tampered(call.adapter.name, call.adapter.digest) from None
         return Request(call.receipt_id, call.prompt_token_ids, call.sampling, ref, call.tenant)
 
-    def _note(self, call: Call, answer: Answer) -> None:
+    def _note(self, call: Call, answer: Answer) -> Segment:
         if answer.adapter_digest is not None:
             self._receipts.note_adapter(answer.adapter_digest)
-        self._receipts.note(receipt_row(call, answer, server=self._server))
+        return self._receipts.note(receipt_row(call, answer, server=self._server))
 
 
 def _engine_problem(error: EngineError) -> Problem:

@@ -1,8 +1,9 @@
 """Receipts on disk until the log has them: a completion's facts are written here before its last token is sent.
 
 A spool is a folder of segments, one JSON object a line. A segment is locked by the process that writes it, so a segment
-that can be locked belongs to a process that died; whoever finds it sends it to the log. Written, not fsynced: it
-survives a killed process, and a power failure loses at most what the kernel had not yet written.
+that can be locked belongs to a process that died; whoever finds it sends it to the log. A row is written at once, so
+that it survives a killed process, and fsynced, with those of other requests, before its last token is sent, so that it
+survives a power failure too.
 """
 
 import fcntl
@@ -11,12 +12,18 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attribution.disk import REAL
+from attribution.group_commit import GroupCommit
+
 logger = logging.getLogger(__name__)
+
+MAX_SYNCS = 4096  # requests that share one fsync
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ class Segment:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
+        self._closing = threading.Lock()  # held while the descriptor is used beside the thread that appends
+        self._syncs = GroupCommit(self._sync, max_requests=MAX_SYNCS)
+        self._has_name = False
 
     def append(self, row: SpooledRow) -> None:
         """Write one row, so that a reader sees all of it or a last line without its end.
@@ -62,6 +72,22 @@ class Segment:
         except OSError:
             os.ftruncate(self._descriptor, size)
             raise
+
+    def sync(self) -> None:
+        """Make every row written so far durable; calls that come together share an fsync. OSError when it fails.
+
+        Nothing is done once the segment is closed: then the log has its rows, or the process is ending.
+        """
+        self._syncs.submit(None)
+
+    def _sync(self, requests: Sequence[None]) -> Sequence[None]:
+        with self._closing:
+            if self._descriptor >= 0:
+                os.fsync(self._descriptor)
+                if not self._has_name:
+                    REAL.sync_directory(self.path.parent)
+                    self._has_name = True
+        return requests
 
     def rows(self) -> list[SpooledRow]:
         """Return the complete rows; a line that a crash cut short was never acknowledged and is left out."""
@@ -80,9 +106,10 @@ class Segment:
 
     def close(self) -> None:
         """Leave the file for the next start and unlock it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        with self._closing:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
 
 
 class Spool:

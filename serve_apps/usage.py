@@ -110,14 +110,18 @@ class Receipts:
         """Whether requests must be refused until the log is back."""
         return self.num_waiting >= MAX_WAITING
 
-    def note(self, row: SpooledRow) -> None:
-        """Write one receipt to the spool and queue it. OSError when it cannot: then the answer must not go out."""
+    def note(self, row: SpooledRow) -> Segment:
+        """Write one receipt to the spool, queue it and return its segment: `sync` that before the answer goes out.
+
+        OSError when it cannot be written: then the answer must not go out.
+        """
         with self._changed:
             if self._segment is None:
                 self._segment = self._spool.open_segment(self._owner)
             self._segment.append(row)
             self._rows.append(row)
             self._changed.notify_all()
+            return self._segment
 
     def note_adapter(self, adapter: str) -> None:
         """Queue the record that this replica loaded `adapter`, once per adapter."""

@@ -3,36 +3,68 @@
 LOG/entries.bin   leaves in order, each a big-endian uint16 length and its bytes (as in a tlog-tiles entry bundle)
 LOG/checkpoint    the newest signed tree head; replaced atomically
 LOG/lock          flock'ed by the one process that appends
+LOG/writer.json   who may append (see fence.py)
 
-An append is: lock, catch up, write leaves, fsync, sign and replace the checkpoint, fsync the directory, unlock; only
-then does it return. So the checkpoint never covers a leaf that is not durable, and an acknowledged one is under it.
-Readers take no lock: they read the checkpoint, then exactly as many leaves as it covers. After a crash the file may be
-longer than the checkpoint says: the next writer keeps the whole, valid leaves there (one may have been acknowledged if
-the file system lost the newer checkpoint) and cuts the torn rest.
+An append is: lock, catch up, write leaves, fsync, take the room of a checkpoint, sign and replace it, fsync the
+directory, unlock; only then does it return. So the checkpoint never covers a leaf that is not durable, and an
+acknowledged one is under it. Up to the signature a failing disk is answered by cutting the leaves off again: nothing
+was recorded. From the signature on they stay, whatever fails, for a tree that was signed once must be the only one of
+its size. Readers take no lock: they read the checkpoint, then exactly as many leaves as it covers. After a crash the
+file may be longer than the checkpoint says: the next writer keeps the whole, valid leaves there (one may have been
+acknowledged if the file system lost the newer checkpoint) and cuts the torn rest.
 """
 
+import errno
 import fcntl
 import os
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from attribution.disk import REAL, Disk, NewFile, write_atomically
+from attribution.log.fence import Fence, FencedError
 from attribution.log.merkle import Frontier, Tree, hash_leaf
 from attribution.log.note import Checkpoint, NoteError, NoteKey, Signs, open_checkpoint, sign_checkpoint
 from attribution.log.proof import format_proof
-from attribution.store import write_atomically
 from configs.errors import UserError
 
 ENTRIES, CHECKPOINT, LOCK = "entries.bin", "checkpoint", "lock"
 LENGTH_BYTES = 2
 MAX_ENTRY_BYTES = 65_535
+CHECKPOINT_ROOM = 4096  # bytes taken on the disk before signing; origin, size, root and a signature need about 250
 
 
 class LogError(UserError):
     """The log on disk is missing, damaged, rolled back or may not be written."""
+
+
+class LogDiskError(LogError):
+    """The disk refused an append: full, read-only or failing. Nothing was recorded."""
+
+
+class OutcomeUnknown(LogError):
+    """The disk or the signer failed after the leaves were durable: the log will have them, or has them already."""
+
+
+@contextmanager
+def refusing(directory: Path) -> Iterator[None]:
+    """Turn what the operating system says of a disk into a LogDiskError that names the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, "look at the disk, then try again")
+        raise LogDiskError(f"{directory}: {error.strerror or error}; nothing was recorded; {remedy}") from error
+
+
+REMEDIES = {
+    errno.ENOSPC: "free some space, then try again",
+    errno.EDQUOT: "raise the quota or free some space, then try again",
+    errno.EROFS: "the disk is read-only: mount it for writing, then try again",
+    errno.EACCES: "append as the owner of this home",
+}
 
 
 @contextmanager
@@ -57,12 +89,20 @@ class Log:
     """
 
     def __init__(
-        self, directory: Path, key: NoteKey, *, signer: Signs | None, is_leaf: Callable[[bytes], bool]
+        self,
+        directory: Path,
+        key: NoteKey,
+        *,
+        signer: Signs | None,
+        is_leaf: Callable[[bytes], bool],
+        disk: Disk = REAL,
     ) -> None:
         self.directory = directory
         self.key = key
         self._signer = signer
         self._is_leaf = is_leaf
+        self._disk = disk
+        self._fence = Fence(directory, disk=disk)
         self._mutex = threading.RLock()
         self._tree = Tree()
         self._offsets = array("Q", [0])  # leaf i occupies [offsets[i], offsets[i + 1]) of entries.bin
@@ -70,19 +110,19 @@ class Log:
         self._note = ""
         self.refresh()
         if signer is not None and self._entries_bytes() > self._offsets[-1]:
-            with self.exclusive():
+            with suppress(LogError, FencedError), self.exclusive():  # what cannot be written can be read all the same
                 pass
 
     @staticmethod
-    def create(directory: Path, origin: str, signer: Signs) -> None:
+    def create(directory: Path, origin: str, signer: Signs, *, disk: Disk = REAL) -> None:
         """Write an empty log; the caller holds the lock. Does nothing when there is a checkpoint already."""
         if (directory / CHECKPOINT).exists():
             return
         if (directory / ENTRIES).exists() and (directory / ENTRIES).stat().st_size:
             raise LogError(_without_checkpoint(directory))
-        (directory / ENTRIES).touch(mode=0o600)
+        disk.close(disk.open(directory / ENTRIES, os.O_WRONLY | os.O_CREAT))
         note = sign_checkpoint(Checkpoint(origin, 0, Tree().root()), signer)
-        write_atomically(directory / CHECKPOINT, note.encode())
+        write_atomically(directory / CHECKPOINT, note.encode(), disk=disk)
 
     @property
     def size(self) -> int:
@@ -153,27 +193,59 @@ class Log:
 
     @contextmanager
     def exclusive(self) -> Iterator["Appender"]:
-        """Hold the log for writing, caught up and clear of any torn tail; yield what appends to it."""
+        """Hold the log for writing, caught up and clear of any torn tail; yield what appends to it.
+
+        Raises:
+            LogError: no key to sign with, or what `refresh` raises.
+            FencedError: another writer took over since this one did, or one on another machine holds the log.
+            LogDiskError: the disk is full, read-only or failing.
+        """
         if self._signer is None:
             raise LogError(f"log {self.directory}: no log key in this home, so it can only be read")
-        with self._mutex, file_lock(self.directory / LOCK):
+        with self._mutex, refusing(self.directory), file_lock(self.directory / LOCK):
+            self._fence.check()
             self.refresh()
             appender = Appender(self, self._signer)
             if self._entries_bytes() > self._offsets[-1]:
                 self._recover(appender)
             yield appender
 
+    def take_over(self) -> int:
+        """Become the log's writer, the one before fenced off, and return the number of this take-over."""
+        with self._mutex, refusing(self.directory), file_lock(self.directory / LOCK):
+            return self._fence.take_over()
+
+    def release(self) -> None:
+        """Give up what `take_over` took, so that any machine may append again. FencedError when it was lost."""
+        with self._mutex, refusing(self.directory), file_lock(self.directory / LOCK):
+            self._fence.release()
+
     def _recover(self, appender: "Appender") -> None:
         """Keep the whole leaves that a crash left beyond the checkpoint, cut the rest."""
-        with (self.directory / ENTRIES).open("r+b") as file:
+        kept = []
+        with (self.directory / ENTRIES).open("rb") as file:
             file.seek(self._offsets[-1])
-            kept = []
             while (leaf := _read_leaf(file)) is not None and self._is_leaf(leaf):
                 kept.append(leaf)
-            file.truncate(self._offsets[-1] + sum(LENGTH_BYTES + len(leaf) for leaf in kept))
-            os.fsync(file.fileno())
+        self._cut_entries(self._offsets[-1] + sum(LENGTH_BYTES + len(leaf) for leaf in kept))
         if kept:
             appender.publish(kept)
+
+    def _cut_entries(self, size: int) -> None:
+        descriptor = self._disk.open(self.directory / ENTRIES, os.O_WRONLY)
+        try:
+            self._disk.truncate(descriptor, size)
+            self._disk.fsync(descriptor)
+        finally:
+            self._disk.close(descriptor)
+
+    def _write_entries(self, framed: bytes) -> None:
+        descriptor = self._disk.open(self.directory / ENTRIES, os.O_WRONLY)
+        try:
+            self._disk.write(descriptor, framed, offset=self._offsets[-1])
+            self._disk.fsync(descriptor)
+        finally:
+            self._disk.close(descriptor)
 
     def _read_checkpoint(self) -> str:
         try:
@@ -233,36 +305,56 @@ class Appender:
     def append(self, leaves: Sequence[bytes]) -> None:
         """Append leaves as one group: one fsync and one checkpoint, durable on return.
 
-        When this raises OSError the leaves may still turn up in the log (a crash between fsync and acknowledgement
-        cannot be told from one before); when it returns they are there for good.
+        Raises:
+            LogDiskError: nothing was recorded.
+            OutcomeUnknown: they will be in the log, or are already; so they may be of a process that dies in here.
         """
         if not leaves:
             return
         for leaf in leaves:
             if not 0 < len(leaf) <= MAX_ENTRY_BYTES:
                 raise LogError(f"leaf of {len(leaf)} bytes: a log entry has 1 to {MAX_ENTRY_BYTES}")
-        framed = b"".join(len(leaf).to_bytes(LENGTH_BYTES, "big") + leaf for leaf in leaves)
-        path = self._log.directory / ENTRIES
-        start = path.stat().st_size
-        with path.open("r+b") as file:
-            try:
-                file.seek(start)
-                file.write(framed)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(start)
-                raise
-        self.publish(leaves)
-
-    def publish(self, leaves: Sequence[bytes]) -> None:
-        """Sign and store the checkpoint that adds `leaves`, which are durable in the file already."""
         log = self._log
+        framed = b"".join(len(leaf).to_bytes(LENGTH_BYTES, "big") + leaf for leaf in leaves)
+        with ExitStack() as stack:
+            try:
+                log._write_entries(framed)
+                room = stack.enter_context(NewFile(log.directory / CHECKPOINT, disk=log._disk))
+                room.reserve(CHECKPOINT_ROOM)
+            except OSError as error:
+                self._take_back(error)
+                raise
+            log._fence.check()  # were the lock no lock on this file system, this would still sign no second history
+            try:
+                self.publish(leaves, room)
+            except Exception as error:
+                raise OutcomeUnknown(
+                    f"log {log.directory}: {error}; {len(leaves)} records may be in the log all the same: "
+                    "look for them with `trailmark log show` before you record them again"
+                ) from error
+
+    def publish(self, leaves: Sequence[bytes], file: NewFile | None = None) -> None:
+        """Sign and store the checkpoint that adds `leaves`, durable among the entries already."""
+        log = self._log
+        if file is None:
+            with NewFile(log.directory / CHECKPOINT, disk=log._disk) as file:
+                return self.publish(leaves, file)
         frontier = log._frontier_after(leaves)
         checkpoint = Checkpoint(log.key.name, frontier.size, frontier.root())
         note = sign_checkpoint(checkpoint, self._signer)
-        write_atomically(log.directory / CHECKPOINT, note.encode())
+        file.write([note.encode()])
+        file.name()
         log._extend(leaves, checkpoint, note)
+
+    def _take_back(self, error: Exception) -> None:
+        """Cut off leaves that no checkpoint was signed for. OutcomeUnknown when even that fails."""
+        try:
+            self._log._cut_entries(self._log._offsets[-1])
+        except OSError:
+            raise OutcomeUnknown(
+                f"log {self._log.directory}: {error}; the records could not be taken back and may turn up in the log: "
+                "look for them with `trailmark log show` before you record them again"
+            ) from error
 
 
 def _read_leaf(file: BinaryIO) -> bytes | None:
@@ -273,6 +365,16 @@ def _read_leaf(file: BinaryIO) -> bytes | None:
         return None
     data = file.read(length)
     return data if len(data) == length else None
+
+
+def entries_of(path: Path, count: int) -> Iterator[bytes]:
+    """Yield the first leaves of a file of entries; LogError when it ends before."""
+    with path.open("rb") as file:
+        for index in range(count):
+            leaf = _read_leaf(file)
+            if leaf is None:
+                raise LogError(f"{path}: ends at leaf {index}, but the checkpoint covers {count}")
+            yield leaf
 
 
 def _without_checkpoint(directory: Path) -> str:

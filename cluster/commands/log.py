@@ -153,6 +153,17 @@ def _tell(what: Path | str, verify: "Callable[[], Verified]", *, as_json: bool) 
     _print_verified(what, verified)
 
 
+@log_app.command("take-over")
+def take_over() -> None:
+    """Take the log from a writer on a machine that is gone for good, so that this machine may append."""
+    from attribution.trail import Trail
+
+    log = Trail.open(create=False).log
+    number = log.take_over()
+    log.release()
+    typer.echo(f"take-over {number}: every writer before it is fenced off")
+
+
 def _write(value: dict[str, Any], out: Path | None) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     if out is None:

@@ -169,11 +169,12 @@ def deterministic() -> Iterator[None]:
 
     with (
         mock.patch.object(SigningKey, "generate", side_effect=generate),
-        mock.patch("attribution.trail.secrets.token_bytes", lambda size: next(numbers).to_bytes(size, "big")),
-        mock.patch("attribution.trail.time.time_ns", lambda: (START_US + 3_600_000_000) * 1000),
-        mock.patch("attribution.trail.code_identity", lambda: CodeIdentity("0" * 40, False, "0.1.0")),
+        mock.patch("attribution.staging.secrets.token_bytes", lambda size: next(numbers).to_bytes(size, "big")),
+        mock.patch("attribution.staging.time.time_ns", lambda: (START_US + 3_600_000_000) * 1000),
+        mock.patch("attribution.staging.code_identity", lambda: CodeIdentity("0" * 40, False, "0.1.0")),
         mock.patch("attribution.trail.environment_manifest", lambda: ENVIRONMENT),
         mock.patch("attribution.trail.environment_digest", lambda: f"sha256:{sha256(ENVIRONMENT).hexdigest()}"),
+        mock.patch("attribution.staging.environment_digest", lambda: f"sha256:{sha256(ENVIRONMENT).hexdigest()}"),
     ):
         yield
 

@@ -62,7 +62,7 @@ def test_it_grows_with_the_log_and_survives_erasure(trail: Trail) -> None:
     digest = "sha256:" + "ab" * 32
     later = trail.record("approval", ApprovalBody(digest, "approved", ""), parents=[story.publication.leaf_hash])
     assert lineage.descendants(story.publication.leaf_hash) == [later]
-    (trail.home / "records" / f"{story.refinement.leaf_hash}.json").unlink()
+    assert trail.delete_record(story.refinement.leaf_hash)
     fresh = Lineage(Trail.open(trail.home))
     assert story.datasets[0].leaf_hash in hashes(fresh.ancestors(later.leaf_hash))
     erased = next(node for node in fresh.graph(later.leaf_hash)["nodes"] if node["kind"] == "refinement")

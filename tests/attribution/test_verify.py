@@ -247,7 +247,7 @@ def test_an_erased_ancestor_is_told_and_an_erased_batch_is_refused(tmp_path: Pat
     story = tell(Trail.open(tmp_path / "home"))
     trust = Trust.load(story.trail.home / "trust.json")
     bundle = receipt_bundle(story.trail, story.adapter_receipt)
-    (story.trail.home / "records" / f"{story.refinement.leaf_hash}.json").unlink()
+    assert story.trail.delete_record(story.refinement.leaf_hash)
     erased = receipt_bundle(story.trail, story.adapter_receipt)
     assert any(check.startswith("erased: 1 records") for check in verify(erased, trust).checks)
     batch = copy.deepcopy(bundle)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import ray
 
 from attribution import actors
+from attribution.log.fence import FencedError
 from attribution.log.verify import Trust, verify_file
 from attribution.receipts import ReceiptError, ReceiptRow, append_completions, receipt_bundle
 from attribution.trail import Trail
@@ -88,9 +90,22 @@ def test_the_writer_records_a_load_once(story: Story) -> None:
     writer = actors.LogWriter(str(story.trail.home))
     first = writer.adapter_loaded("r1", adapter, base)
     assert writer.adapter_loaded("r1", adapter, base) == first
-    assert actors.LogWriter(str(story.trail.home)).adapter_loaded("r1", adapter, base) == first
-    assert writer.adapter_loaded("r2", adapter, base) != first
+    newer = actors.LogWriter(str(story.trail.home))
+    assert newer.adapter_loaded("r1", adapter, base) == first
+    assert newer.adapter_loaded("r2", adapter, base) != first
+    with pytest.raises(FencedError, match="this writer is take-over 1 and was fenced off by take-over 2"):
+        writer.adapter_loaded("r3", adapter, base)
     assert len(list(Trail.open(story.trail.home).entries(kind="adapter_loaded"))) == 2
+
+
+def test_calls_that_overlap_record_a_receipt_once(story: Story) -> None:
+    """A caller whose reply is late sends the same rows again while the first call still runs."""
+    writer = actors.LogWriter(str(story.trail.home))
+    rows = [stored(story, spooled(story, number)) for number in range(10, 18)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: writer.append_completions(rows[: number + 1], "replica-dead"), range(8)))
+    assert sorted(recorded_ids(story)[-8:]) == [row.receipt["id"] for row in rows]
+    assert len(set(recorded_ids(story))) == len(recorded_ids(story))
 
 
 @pytest.mark.ray

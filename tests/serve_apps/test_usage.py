@@ -170,6 +170,23 @@ def test_a_living_process_keeps_its_segment(spool: Spool) -> None:
     assert files(spool) == []
 
 
+def test_a_row_is_durable_before_its_answer_goes_out_and_requests_share_the_fsync(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    receipts = start(ListLog(failures=1_000_000), spool, flush_s=3600)
+    segments = [receipts.note(row(number)) for number in range(3)]
+    assert synced == []
+    segments[0].sync()
+    assert synced == [str(segments[0].path), str(spool._folder)], "the file, and once its name"
+    segments[2].sync()
+    assert synced[2:] == [str(segments[0].path)]
+    receipts.close(timeout_s=0.0)
+    segments[0].sync()
+    assert len(synced) == 3, "closed: the log has the rows, or the next start sends them"
+
+
 def test_a_line_cut_short_by_a_crash_is_left_out(spool: Spool) -> None:
     segment = spool.open_segment("r")
     segment.append(row(1))
