@@ -127,9 +127,10 @@ class _Check:
             for path in leftovers:
                 self._leftover(path, "never got its name", "run `trailmark fsck --repair`")
             self._entries(checkpoint, num_bytes)
-            self._records(segment_sizes)
-            for where, what in check_tiles(self._home / "tiles", self._tree, self._leaf_bytes):
-                self._damage(self._home / "tiles" / where, what, "delete the file: the publisher writes it again")
+            if self.report.is_sound:  # damaged entries cannot say which record is whose
+                self._records(segment_sizes)
+                for where, what in check_tiles(self._home / "tiles", self._tree, self._leaf_bytes):
+                    self._damage(self._home / "tiles" / where, what, "delete the file: the publisher writes it again")
         if with_store:
             self._store()
         return self.report
