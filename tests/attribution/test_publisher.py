@@ -208,7 +208,7 @@ def test_the_tiles_themselves_refuse_another_history(rewound: World, num_more: i
     for _ in range(num_more):
         rewound.record()
     before = (rewound.home / "tiles" / "checkpoint").read_text()
-    with pytest.raises(TilesError, match="rolled back|do not continue"):
+    with pytest.raises(TilesError, match=r"rolled back|do not continue"):
         rewound.publisher().publish()
     assert (rewound.home / "tiles" / "checkpoint").read_text() == before
 
