@@ -19,6 +19,7 @@ from attribution.disk import REAL, Disk, make_directory, write_atomically
 from attribution.group_commit import GroupCommit
 from attribution.keys import KeyRing, SigningKey
 from attribution.log.note import NoteKey, Signs
+from attribution.log.published import TILES, published_proofs
 from attribution.log.sequencer import Appender, Log, file_lock, refusing
 from attribution.private_records import PrivateRecords
 from attribution.provenance import environment_digest, environment_manifest
@@ -209,9 +210,9 @@ class Trail:
         return self.proofs([leaf_hash])[0]
 
     def proofs(self, leaf_hashes: Sequence[str]) -> list[dict[str, Any]]:
-        """Return the proofs of several records, all under one checkpoint."""
+        """Return the proofs of several records, all under one checkpoint, the witnesses' when it covers them."""
         entries = [self.entry(leaf_hash) for leaf_hash in leaf_hashes]
-        texts = self.log.proofs([entry.index for entry in entries])
+        texts = published_proofs(self.home / TILES, self.log, [entry.index for entry in entries])
         return [
             {
                 "envelope": None if entry.envelope is None else json.loads(entry.envelope),

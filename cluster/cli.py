@@ -8,7 +8,23 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import ask, config, data, demo, engine, export, fsck, jobs, log, replay, serve, train, views
+from cluster.commands import (
+    ask,
+    config,
+    data,
+    demo,
+    engine,
+    export,
+    fsck,
+    jobs,
+    log,
+    replay,
+    serve,
+    tiles,
+    train,
+    views,
+    witness,
+)
 from cluster.commands import cluster as cluster_commands
 from configs.errors import UserError
 
@@ -24,6 +40,8 @@ COMMAND_MODULES = (
     ask,
     log,
     fsck,
+    tiles,
+    witness,
     replay,
     views,
     jobs,

@@ -23,12 +23,15 @@ from cluster.processes import (
 from cluster.services import http_answers, spawn_follower, spawn_mlflow, wait_for_mlflow
 from cluster.session import connect, private_ray, ray_session
 from cluster.state import ClusterState, Part, cluster_id_of, forget_state, load_state, run_directory, save_state
+from cluster.witnesses import describe_witnesses, spawn_missing_witnesses, wait_for_witnesses
 from configs.errors import UserError
 from configs.schema import Settings
 
 __all__ = ["Started", "connect", "down", "private_ray", "ray_session", "status", "up"]
 
 Report = Callable[[str], None]
+FIRST_TO_END = ("follower", "mlflow", "publisher")
+"""The publisher asks the witnesses once more on its way out, so they must outlive it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class PartStatus:
     pid: int | None
     alive: bool
     memory_bytes: int
+    remark: str = ""
+    is_alarm: bool = False
 
 
 def _silent(step: str) -> None:
@@ -103,7 +108,11 @@ def status(home: Path) -> list[PartStatus]:
     rows = [_part_status(part) for part in state.parts]
     if state.api_url:
         rows.append(PartStatus("api", state.api_url, None, http_answers(f"{state.api_url}/health"), 0))
-    return rows
+    remarks = describe_witnesses(home) if rows else {}
+    return [
+        replace(row, remark=remarks[row.name].text, is_alarm=remarks[row.name].is_alarm) if row.name in remarks else row
+        for row in rows
+    ]
 
 
 def _start_missing(
@@ -113,6 +122,9 @@ def _start_missing(
     environment = head_environment(home, settings.cluster, state.cluster_id)
     if with_serve and not state.api_url:
         require_free_port("serve.port", settings.serve.port, host=settings.serve.host)
+    spawned = spawn_missing_witnesses(home, settings.witness, state, environment)
+    for part in spawned:
+        state = _saved(home, state.with_part(part))
     start_mlflow = with_mlflow and not state.is_alive("mlflow")
     if start_mlflow:  # imports for seconds: let it, while Ray starts
         state = _saved(home, state.with_part(spawn_mlflow(home, settings.mlflow, environment)))
@@ -125,6 +137,7 @@ def _start_missing(
         state = _with_mlflow(home, state)
     if state.mlflow_url and not state.is_alive("follower"):
         state = _saved(home, state.with_part(spawn_follower(home, state.mlflow_url, environment)))
+    wait_for_witnesses(home, spawned)
     api_key = None
     if with_serve and not _api_answers(state):
         api_key = serving.ensure_api_key(home)
@@ -156,7 +169,7 @@ def _stop_everything(state: ClusterState, report: Report) -> int:
         return 0
     report(f"stopping {len(processes)} processes")
     roots = {part.process_id.pid: part.name for part in state.parts}
-    stop_processes([process for process in processes if roots.get(process.pid) in ("follower", "mlflow")])
+    stop_processes([process for process in processes if roots.get(process.pid) in FIRST_TO_END])
     # The head's server goes last and without patience: it holds nothing on disk, and it waits for nodes that are gone.
     stop_processes([process for process in processes if roots.get(process.pid) != "ray"])
     stop_processes(cluster_processes(state.cluster_id), grace_s=1.0)

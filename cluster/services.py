@@ -35,7 +35,7 @@ def spawn_mlflow(home: Path, settings: MlflowSettings, environment: dict[str, st
         *("--serve-artifacts", "--artifacts-destination", artifacts.as_uri()),
     ]
     url = f"http://127.0.0.1:{settings.port}"
-    return _spawn("mlflow", url, command, home=home, environment={**environment, **MLFLOW_VARIABLES})
+    return spawn("mlflow", url, command, home=home, environment={**environment, **MLFLOW_VARIABLES})
 
 
 def wait_for_mlflow(home: Path, part: Part) -> None:
@@ -50,7 +50,7 @@ def wait_for_mlflow(home: Path, part: Part) -> None:
 def spawn_follower(home: Path, mlflow_url: str, environment: dict[str, str]) -> Part:
     """Start `trailmark mlflow follow`, which shows each new record of the log in MLflow."""
     command = [sys.executable, "-P", "-m", "cluster", "mlflow", "follow", "--uri", mlflow_url]
-    return _spawn("follower", mlflow_url, command, home=home, environment={**environment, **MLFLOW_VARIABLES})
+    return spawn("follower", mlflow_url, command, home=home, environment={**environment, **MLFLOW_VARIABLES})
 
 
 def http_answers(url: str) -> bool:
@@ -65,7 +65,8 @@ def http_answers(url: str) -> bool:
         return False
 
 
-def _spawn(name: str, address: str, command: list[str], *, home: Path, environment: dict[str, str]) -> Part:
+def spawn(name: str, address: str, command: list[str], *, home: Path, environment: dict[str, str]) -> Part:
+    """Start a process of its own session that writes to HOME/run/NAME.log, and return it as a part."""
     log = run_directory(home) / f"{name}.log"
     with log.open("ab") as stream:
         child = subprocess.Popen(

@@ -146,6 +146,17 @@ class MlflowSettings(Section):
     port: int = Field(8701, ge=1, le=65535)
 
 
+class WitnessSettings(Section):
+    """The local witnesses of the log, and how often the log is published for them."""
+
+    ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = Field(
+        (8702, 8703), description="one local witness on 127.0.0.1 for each; [] starts none"
+    )
+    ml_dsa: bool = Field(False, description="local witnesses made from now on cosign with ML-DSA-44 too (3.3 kB each)")
+    quorum: int = Field(0, ge=0, description="local cosignatures a checkpoint needs before the tiles show it")
+    publish_interval_s: float = Field(0.5, gt=0, description="seconds between looks at the log")
+
+
 class ClusterSettings(Section):
     """The cluster that `trailmark up` starts."""
 
@@ -168,6 +179,7 @@ class Settings(Section):
     serve: ServeSettings = ServeSettings()
     attribution: AttributionSettings = AttributionSettings()
     mlflow: MlflowSettings = MlflowSettings()
+    witness: WitnessSettings = WitnessSettings()
     cluster: ClusterSettings = ClusterSettings()
 
 

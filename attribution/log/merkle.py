@@ -9,6 +9,7 @@ Source: RFC 6962 section 2.1; checks after RFC 9162 sections 2.1.3.2 and 2.1.4.2
   [0,2) [2,4)
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
@@ -66,33 +67,21 @@ class Frontier:
         return tuple(self._peaks)
 
 
-class Tree:
-    """Every perfect subtree's hash by level: append is O(1) amortised, root and proofs O(log^2 n) at any past size."""
-
-    def __init__(self, leaf_hashes: Iterable[bytes] = ()) -> None:
-        self._levels: list[list[bytes]] = [[]]
-        for leaf_hash in leaf_hashes:
-            self.append(leaf_hash)
+class PerfectNodes(ABC):
+    """Roots and proofs of a tree of which only the hashes of perfect subtrees are known, wherever they are kept."""
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """Number of leaves."""
-        return len(self._levels[0])
 
-    def append(self, leaf_hash: bytes) -> None:
-        """Add one leaf hash and every perfect subtree it completes."""
-        carry, level = leaf_hash, 0
-        self._levels[0].append(carry)
-        while len(self._levels[level]) % 2 == 0:
-            carry = hash_node(self._levels[level][-2], carry)
-            level += 1
-            if level == len(self._levels):
-                self._levels.append([])
-            self._levels[level].append(carry)
+    @abstractmethod
+    def node(self, level: int, index: int) -> bytes:
+        """Return the hash of leaves [index << level, (index + 1) << level)."""
 
     def leaf(self, index: int) -> bytes:
         """Return the hash of leaf `index`."""
-        return self._levels[0][index]
+        return self.node(0, index)
 
     def frontier(self) -> Frontier:
         """Return a copy of the right edge, to compute a later root without touching this tree."""
@@ -147,7 +136,7 @@ class Tree:
         peaks, start = [], 0
         for level in range(size.bit_length() - 1, -1, -1):
             if size >> level & 1:
-                peaks.append(self._levels[level][start >> level])
+                peaks.append(self.node(level, start >> level))
                 start += 1 << level
         return peaks
 
@@ -156,9 +145,38 @@ class Tree:
         width = end - start
         if width & (width - 1) == 0:
             level = width.bit_length() - 1
-            return self._levels[level][start >> level]
+            return self.node(level, start >> level)
         middle = start + _split(width)
         return hash_node(self._subtree(start, middle), self._subtree(middle, end))
+
+
+class Tree(PerfectNodes):
+    """Every perfect subtree's hash by level: append is O(1) amortised, root and proofs O(log^2 n) at any past size."""
+
+    def __init__(self, leaf_hashes: Iterable[bytes] = ()) -> None:
+        self._levels: list[list[bytes]] = [[]]
+        for leaf_hash in leaf_hashes:
+            self.append(leaf_hash)
+
+    @property
+    def size(self) -> int:
+        """Number of leaves."""
+        return len(self._levels[0])
+
+    def node(self, level: int, index: int) -> bytes:
+        """Return the hash of leaves [index << level, (index + 1) << level)."""
+        return self._levels[level][index]
+
+    def append(self, leaf_hash: bytes) -> None:
+        """Add one leaf hash and every perfect subtree it completes."""
+        carry, level = leaf_hash, 0
+        self._levels[0].append(carry)
+        while len(self._levels[level]) % 2 == 0:
+            carry = hash_node(self._levels[level][-2], carry)
+            level += 1
+            if level == len(self._levels):
+                self._levels.append([])
+            self._levels[level].append(carry)
 
 
 def root_from_inclusion(leaf_hash: bytes, index: int, size: int, path: Sequence[bytes]) -> bytes:

@@ -138,6 +138,10 @@ class Log:
         """Return the root of the first `size` leaves (all by default)."""
         return self._tree.root(size)
 
+    def inclusion_path(self, index: int, size: int | None = None) -> list[bytes]:
+        """Return the path of leaf `index` to the root of the first `size` leaves."""
+        return self._tree.inclusion_path(index, size)
+
     def consistency_path(self, old_size: int, size: int | None = None) -> list[bytes]:
         """Return the proof that the tree of `old_size` leaves is a prefix of the one of `size`."""
         return self._tree.consistency_path(old_size, size)

@@ -5,15 +5,16 @@ Only light modules are imported here: a typical receipt is verified in a few mil
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from attribution.bodies import CompletionsBody, ContributorBody
 from attribution.keys import PUBLIC_KEY_BYTES, key_id_of
-from attribution.log.facts import receipt_facts, record_facts
+from attribution.log.facts import receipt_facts, record_facts, utc
 from attribution.log.merkle import MerkleError, hash_leaf, root_from_inclusion
 from attribution.log.note import Checkpoint, NoteError, NoteKey
+from attribution.log.policy import Cosigned, Policy, PolicyError
 from attribution.log.proof import parse_proof
 from attribution.log.proved import ProvedRecord, VerifyError
 from attribution.receipts import (
@@ -41,19 +42,28 @@ RECORD_PROOF_FIELDS = frozenset({"envelope", "salt", "leaf", "proof"})
 CONTRIBUTOR_KINDS = frozenset({"contributor", "dataset", "prompt", "retrieval", "workflow_patch"})
 MAX_FILE_BYTES = 64 << 20
 MAX_LINEAGE = 10_000
+TAKE_AGAIN = "; if the record is new, take its proof again in a few seconds"
 TRUST_VERSION = 1
+TRUST_FIELDS = ("keys", "log", "policy", "version")
 
 
 @dataclass(frozen=True)
 class Trust:
-    """Whom the reader trusts: the log's key for checkpoints, the operator's keys (id -> 32 bytes) for records."""
+    """Whom the reader trusts: the log's key for checkpoints, the operator's keys (id -> 32 bytes) for records.
+
+    `policy`, when there is one, names the witnesses and how many of them must have cosigned the checkpoint.
+    """
 
     log: NoteKey
     keys: Mapping[str, bytes]
+    policy: Policy | None = None
 
     @classmethod
     def load(cls, path: Path) -> "Trust":
-        """Return the trust of a JSON file {"version": 1, "log": verifier key, "keys": {key id: public key in hex}}."""
+        """Return the trust of a JSON file.
+
+        {"version": 1, "log": verifier key, "keys": {key id: public key in hex}, "policy": tlog-policy text, optional}
+        """
         try:
             value = parse_strict(path.read_bytes(), "trust")
         except FileNotFoundError as error:
@@ -62,15 +72,37 @@ class Trust:
             raise VerifyError("keys", f"{path}: {error}") from error
         if not isinstance(value, dict) or value.get("version") != TRUST_VERSION:
             raise VerifyError("keys", f"{path}: must be a trust file of version {TRUST_VERSION}")
+        unknown = sorted(value.keys() - set(TRUST_FIELDS))
+        if unknown:
+            raise VerifyError("keys", f"{path}: unknown fields {', '.join(unknown)}; known: {', '.join(TRUST_FIELDS)}")
         try:
             keys = {key_id: bytes.fromhex(public_hex) for key_id, public_hex in value["keys"].items()}
             log = NoteKey.parse(value["log"])
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise VerifyError("keys", f"{path}: must hold 'log' and 'keys' ({error})") from error
         for key_id, public_bytes in keys.items():
-            if len(public_bytes) != PUBLIC_KEY_BYTES or key_id_of(public_bytes) != key_id:
+            is_plain = public_bytes.hex() == value["keys"][key_id]  # neither capitals nor spaces
+            if len(public_bytes) != PUBLIC_KEY_BYTES or key_id_of(public_bytes) != key_id or not is_plain:
                 raise VerifyError("keys", f"{path}: key {key_id} does not match its public key")
-        return cls(log, keys)
+        trust = cls(log, keys)
+        return trust if "policy" not in value else trust.under(value["policy"], str(path))
+
+    def with_policy_of(self, path: Path) -> "Trust":
+        """Return this trust with the policy of a tlog-policy file."""
+        try:
+            return self.under(path.read_text(encoding="utf-8", errors="surrogateescape"), str(path))
+        except OSError as error:
+            raise VerifyError("policy", f"{path}: cannot be read: {error.strerror}") from error
+
+    def under(self, policy: Any, source: str) -> "Trust":
+        """Return this trust with a policy's text in the place of its own; its logs, if it names any, must be ours."""
+        try:
+            parsed = Policy.parse(policy.encode(errors="surrogateescape"))
+        except (PolicyError, AttributeError, UnicodeError) as error:
+            raise VerifyError("policy", f"{source}: {error}") from error
+        if parsed.logs and str(self.log) not in {str(log.key) for log in parsed.logs}:
+            raise VerifyError("policy", f"{source}: is for other logs than {self.log.name}")
+        return replace(self, policy=parsed)
 
 
 @dataclass(frozen=True)
@@ -126,6 +158,7 @@ class _Session:
     used: dict[str, str] = field(default_factory=dict)  # key id -> whose
     note: str | None = None
     checkpoint: Checkpoint | None = None
+    cosigned: Cosigned | None = None
 
     def prove(self, value: Any, what: str) -> ProvedRecord:
         """Check one record proof: leaf, place in the tree, commitment, header and signature."""
@@ -151,17 +184,31 @@ class _Session:
             proof = parse_proof(text)
         except NoteError as error:
             raise VerifyError("inclusion proof", f"{what}: {error}") from error
+        if proof.extra:
+            raise VerifyError("inclusion proof", f"{what}: has an extra line, for which nothing vouches; take it out")
         if self.note is not None and proof.checkpoint != self.note:
             raise VerifyError("checkpoint", f"{what}: stands under another checkpoint than the rest of the file")
         try:
             if self.checkpoint is None:
                 self.note, self.checkpoint = proof.checkpoint, proof.open(self.trust.log)
+                self._require_witnesses()
             proof.include(hash_leaf(leaf_bytes), self.checkpoint)
         except NoteError as error:
             raise VerifyError("checkpoint", f"{what}: {error}") from error
         except MerkleError as error:
             raise VerifyError("inclusion proof", f"{what}: {error}") from error
         return proof.index
+
+    def _require_witnesses(self) -> None:
+        """Check the checkpoint's cosignatures, when a policy is trusted."""
+        assert self.note is not None
+        if self.trust.policy is None:
+            return
+        try:
+            self.cosigned = self.trust.policy.require(self.note)
+        except NoteError as error:
+            hint = TAKE_AGAIN if isinstance(error, PolicyError) else ""
+            raise VerifyError("witnesses", f"{error}{hint}") from error
 
     def _open(self, value: Mapping[str, Any], leaf: Leaf, what: str) -> tuple[Record, bytes]:
         """The record and its envelope, once they match the leaf's commitment and header."""
@@ -226,6 +273,10 @@ class _Session:
             "root": self.checkpoint.root.hex(),
             "keys": {str(self.trust.log): "log", **dict(sorted(self.used.items()))},
         }
+        if self.cosigned is not None:
+            common["witnesses"] = {
+                name: utc(time_s * 1_000_000) for name, time_s in sorted(self.cosigned.times.items())
+            }
         return Verified(kind, self.checks, {**facts, **common})
 
 
@@ -255,8 +306,10 @@ def _note_common(session: _Session, records: list[ProvedRecord]) -> None:
     assert session.checkpoint is not None
     size, num_erased = session.checkpoint.size, sum(item.record is None for item in records)
     whole = len(records) - num_erased
+    witnesses = [] if session.cosigned is None else [f"witnesses: {session.cosigned}"]
     session.checks += [
         f"checkpoint: signed by log {session.checkpoint.origin} over {size} entries",
+        *witnesses,
         f"inclusion: {len(records)} records lie in that tree",
         f"commitments: {whole} records match the salted commitments of their leaves",
         f"signatures: {whole} records signed by known keys ({len(session.introduced)} contributors' own)",

@@ -49,7 +49,10 @@ def down() -> None:
 
 
 def status() -> None:
-    """Show each part: where it answers, whether it lives, its memory. Exit 1 when a part is dead or nothing is up."""
+    """Show each part: where it answers, whether it lives, its memory, what the witnesses say.
+
+    Exits 1 when a part is dead, a witness has seen another log than this one, or nothing is up.
+    """
     from cluster import local
     from configs import env
 
@@ -59,7 +62,10 @@ def status() -> None:
         typer.echo(f"nothing is up for {home}; start it with `trailmark up`")
         raise typer.Exit(1)
     _print_status(rows)
-    if not all(row.alive for row in rows):
+    for row in rows:
+        if row.is_alarm:
+            typer.secho(f"ALARM  {row.name}: {row.remark}", fg=typer.colors.RED, bold=True, err=True)
+    if not all(row.alive and not row.is_alarm for row in rows):
         raise typer.Exit(1)
 
 
@@ -101,11 +107,13 @@ def _print_started(started: "Started") -> None:
 
 def _print_status(rows: list["PartStatus"]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("part", "address", "pid", "state", "memory")
+    table = Table("part", "address", "pid", "state", "memory", "log")
     for row in rows:
         state = "[green]alive[/green]" if row.alive else "[red]dead[/red]"
         memory = f"{row.memory_bytes / MIB:.0f} MiB" if row.memory_bytes else ""
-        table.add_row(row.name, row.address, str(row.pid or ""), state, memory)
+        remark = f"[red]{escape(row.remark)}[/red]" if row.is_alarm else escape(row.remark)
+        table.add_row(row.name, row.address, str(row.pid or ""), state, memory, remark)
     Console().print(table)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 KEYS_OPTION = typer.Option("--keys", help="Trust file: {version, log, keys}. Default: trust.json of the home folder.")
 OUT_OPTION = typer.Option("--out", "-o", help="Write to this file instead of the screen.")
-SHOWN_LAST = ("log", "tree_size", "root", "keys")
+SHOWN_LAST = ("log", "tree_size", "root", "witnesses", "keys")
 
 
 class _FileByDefault(TyperGroup):
@@ -44,13 +44,20 @@ def register(app: typer.Typer) -> None:
 def verify(
     file: Annotated[Path, typer.Argument(help="A receipt or record proof (JSON).")],
     keys: Annotated[Path | None, KEYS_OPTION] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="A tlog-policy file: witnesses, and how many must have cosigned.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print checks and facts as one JSON object.")] = False,
 ) -> None:
     """Verify a receipt or record proof offline: no network, no log, no cluster. Exits 1 when a check fails."""
     from attribution.log.verify import Trust, verify_file
     from configs.env import home
 
-    _tell(file, lambda: verify_file(file, trust=Trust.load(keys or home() / "trust.json")), as_json=as_json)
+    def check() -> "Verified":
+        trust = Trust.load(keys or home() / "trust.json")
+        return verify_file(file, trust=trust if policy is None else trust.with_policy_of(policy))
+
+    _tell(file, check, as_json=as_json)
 
 
 @verify_app.command("adapter")
@@ -112,13 +119,22 @@ def checkpoint() -> None:
 def proof(
     leaf: Annotated[str, typer.Argument(help="Leaf hash, its beginning, or index.")],
     out: Annotated[Path | None, OUT_OPTION] = None,
+    bare: Annotated[bool, typer.Option("--bare", help="Only the tlog-proof text, for other people's tools.")] = False,
 ) -> None:
     """Write a record's offline proof with those of its ancestors, for `trailmark verify`."""
     from attribution.lineage import record_bundle
     from attribution.trail import Trail
 
     trail = Trail.open(create=False)
-    _write(record_bundle(trail, trail.leaf_hash(leaf)), out)
+    leaf_hash = trail.leaf_hash(leaf)
+    if not bare:
+        _write(record_bundle(trail, leaf_hash), out)
+        return
+    text = trail.proof(leaf_hash)["proof"]
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text, encoding="utf-8")
 
 
 @log_app.command("receipt")
@@ -181,7 +197,7 @@ def _print_verified(file: Path | str, verified: "Verified") -> None:
     facts = dict(verified.facts)
     people = facts.pop("contributors")
     for name in [*(key for key in facts if key not in SHOWN_LAST), *SHOWN_LAST]:
-        _print_fact(name, facts[name])
+        _print_fact(name, facts.get(name))
     if people:
         typer.echo("\n  contributors            rows given  rows kept   key")
     for person in people:
@@ -191,7 +207,10 @@ def _print_verified(file: Path | str, verified: "Verified") -> None:
 
 
 def _print_fact(name: str, value: Any) -> None:
-    if name == "keys":
+    if name == "witnesses" and value is not None:
+        for witness, time in value.items():
+            typer.echo(f"  {'cosigned by':<20} {witness} at {time}")
+    elif name == "keys":
         for key_id, whose in value.items():
             typer.echo(f"  {'key used':<20} {key_id} ({whose})")
     elif isinstance(value, dict | list):

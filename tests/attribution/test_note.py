@@ -117,12 +117,14 @@ def test_proof_round_trip_and_malformed_proofs() -> None:
     text = format_proof(3, tree.inclusion_path(3), checkpoint=note)
     proof = parse_proof(text)
     proof.include(tree.leaf(3), proof.open(KEY))
-    with_extra = text.replace("index 3", "extra aGVsbG8=\nindex 3")
-    assert parse_proof(with_extra) == proof
+    with_extra = parse_proof(text.replace("index 3", "extra aGVsbG8=\nindex 3"))
+    assert (with_extra.extra, with_extra.path, with_extra.checkpoint) == (b"hello", proof.path, proof.checkpoint)
     for wrong in (
         text.replace("@v1", "@v2"),
         text.replace("index 3", "index 03"),
         text.replace("index 3", "index x"),
+        text.replace("index 3", "extra \nindex 3"),
+        text.replace("index 3", "extra aGVsbG9=\nindex 3"),
         text.replace("index 3\n", ""),
         text.replace("\n\n", "\n", 1),
         text.replace("index 3\n", "index 3\nAAAA\n"),

@@ -15,7 +15,7 @@ from cluster.processes import cluster_processes, free_port
 from cluster.state import cluster_id_of, load_state
 from configs import env
 from configs.errors import UserError
-from configs.schema import ClusterSettings, MlflowSettings, Settings
+from configs.schema import ClusterSettings, MlflowSettings, Settings, WitnessSettings
 
 # Ray keeps a process's first token and connection, which in a whole run are those of the session's cluster.
 pytestmark = [
@@ -28,7 +28,8 @@ pytestmark = [
 def small_settings() -> Settings:
     """A cluster on ports of its own, so that it never meets another on this host."""
     cluster = ClusterSettings(ray_port=free_port(), dashboard_port=free_port(), num_cpus=2, object_store_mib=100)
-    return Settings(cluster=cluster, mlflow=MlflowSettings(port=free_port()))
+    witness = WitnessSettings(ports=(free_port(), free_port()))
+    return Settings(cluster=cluster, mlflow=MlflowSettings(port=free_port()), witness=witness)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_up_shows_each_part_alive(home: Path) -> None:
     rows = local.status(home)
-    assert {row.name for row in rows} == {"ray", "raylet", "mlflow", "follower"}
+    assert {row.name for row in rows} == {"ray", "raylet", "mlflow", "follower", "witness-1", "witness-2", "publisher"}
     assert all(row.alive for row in rows)
     assert all(row.memory_bytes > 1 << 20 for row in rows)
 
@@ -118,7 +119,9 @@ def test_down_leaves_no_process(tmp_path: Path) -> None:
 
 def test_a_taken_port_stops_nothing_and_starts_nothing(home: Path, tmp_path: Path) -> None:
     taken = int(load_state(home).dashboard_url.rsplit(":", 1)[1])
-    settings = Settings(cluster=ClusterSettings(ray_port=free_port(), dashboard_port=taken))
+    settings = Settings(
+        cluster=ClusterSettings(ray_port=free_port(), dashboard_port=taken), witness=WitnessSettings(ports=())
+    )
     with pytest.raises(UserError, match=f"cluster.dashboard_port = {taken}: cannot listen"):
         local.up(tmp_path, settings, with_mlflow=False, with_serve=False)
     assert cluster_processes(cluster_id_of(tmp_path)) == []

@@ -45,6 +45,7 @@ def folder(tmp_path: Path, tiny_base: Path) -> Path:
         "train": {"rank": 4, "max_steps": 4, "batch_size": 2, "num_checkpoints": 2},
         "serve": {"base": str(tiny_base), "port": _free_port(), "max_model_len": 256, "num_threads": 1},
         "mlflow": {"port": _free_port()},
+        "witness": {"ports": [_free_port(), _free_port()]},
         "cluster": {"ray_port": _free_port(), "dashboard_port": _free_port(), "object_store_mib": 100},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
