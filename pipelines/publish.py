@@ -7,6 +7,7 @@ from attribution.registry import NAME_RULE, PUBLISHED_NAME
 from configs.errors import UserError
 
 if TYPE_CHECKING:
+    from attribution.records import Artefact
     from attribution.trail import Entry, Trail
 
 
@@ -14,10 +15,13 @@ class PublishError(UserError):
     """A name or digest that cannot be published."""
 
 
-def publish(trail: "Trail", name: str, digest: str, kind: str = "adapter") -> "Entry":
+def publish(
+    trail: "Trail", name: str, digest: str, kind: str = "adapter", *, workflow: "Artefact | None" = None
+) -> "Entry":
     """Record that the next version of `name` is `digest`.
 
-    The artefact must be the output of a record of this trail and lie unaltered in its store.
+    The artefact must be the output of a record of this trail and lie unaltered in its store. `workflow`: the definition
+    of the workflow that asks, an input of the record.
 
     Raises:
         PublishError: a bad name, an unknown digest, or one of another kind.
@@ -36,7 +40,7 @@ def publish(trail: "Trail", name: str, digest: str, kind: str = "adapter") -> "E
             return trail.record(
                 "publication",
                 PublicationBody(name=name, version=version, artefact_kind=kind, digest=digest),
-                inputs=(artefact,),
+                inputs=(artefact, *([workflow] if workflow else [])),
                 outputs=(artefact,),
                 contributors=(Party(trail.keys.get("operator").key_id, "operator"),),
             )
