@@ -238,7 +238,7 @@ def _version_changes(trail: "Trail", adapters: Sequence[MeasuredAdapter], resamp
 
 
 def _patch_effects(trail: "Trail", wanted: set[str] | None) -> Iterator[Finding]:
-    """What each patch of a workflow was measured to do, under its author's name; of `wanted` adapters only, if given."""
+    """What each patch of a workflow was measured to do, under its author's name; of `wanted` adapters, if given."""
     patches = {patch.leaf_hash: patch for patch in recorded_patches(trail)}
     for effect in recorded_effects(trail):
         if wanted is not None and wanted.isdisjoint(effect.adapters):
