@@ -272,6 +272,36 @@ class ModelSignatureBody:
     signature: Digest
 
 
+@dataclass(frozen=True)
+class MetricChange:
+    """An adapter's metric before and after something changed, with the interval of the paired difference."""
+
+    benchmark: str
+    metric: str
+    before_micro: int
+    after_micro: int
+    delta_micro: int
+    low_micro: int
+    high_micro: int
+    num_items: int
+
+
+@dataclass(frozen=True)
+class WorkflowEffectBody:
+    """What workflow patches (leaf hashes) did to the outcome, told by the next run that ended.
+
+    `also_changed` names what else differed between the two runs, so that the patches alone cannot have the credit.
+    """
+
+    workflow: str
+    patches: tuple[Hex32, ...]
+    verdict: Literal["improved", "worsened", "mixed", "no measurable effect", "not measured"]
+    reason: str
+    confidence_micro: int
+    changes: tuple[MetricChange, ...]
+    also_changed: tuple[str, ...]
+
+
 Body = (
     ContributorBody
     | KeyBody
@@ -292,6 +322,7 @@ Body = (
     | StatementBody
     | RedactionBody
     | ModelSignatureBody
+    | WorkflowEffectBody
 )
 
 BODY_OF_KIND: dict[str, type[Body]] = {
@@ -314,5 +345,6 @@ BODY_OF_KIND: dict[str, type[Body]] = {
     "statement": StatementBody,
     "redaction": RedactionBody,
     "model_signature": ModelSignatureBody,
+    "workflow_effect": WorkflowEffectBody,
 }
 KINDS = tuple(BODY_OF_KIND)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Dataset
 
 MODEL_KINDS = frozenset({"adapter", "base_model"})
-NOT_DATASETS = MODEL_KINDS | {"trace", "prompt", "config", "receipts"}
+NOT_DATASETS = MODEL_KINDS | {"trace", "prompt", "config", "receipts", "workflow"}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from attribution.evidence import (
+    MICRO,
     NO_EFFECT,
     Contribution,
     MeasuredAdapter,
@@ -22,6 +23,8 @@ from attribution.evidence import (
     verdict_of,
     version_change,
 )
+from attribution.workflow_effects import recorded_effects
+from attribution.workflow_patches import recorded_patches
 
 if TYPE_CHECKING:
     from attribution.trail import Trail
@@ -136,13 +139,14 @@ def ask_who(trail: "Trail", receipt_id: str, *, explain: Callable[[str], dict[st
 
 
 def ask_improved(trail: "Trail", adapter: str | None = None, *, resampling: Resampling | None = None) -> Answer:
-    """What improved the model? Each adapter against its base, and each published version against the one before."""
+    """What improved the model? Adapters against their base, versions against the one before, patches of workflows."""
     resampling = resampling or Resampling()
     adapters = measured_adapters(trail, adapter)
     findings = [*_deltas(adapters), *_version_changes(trail, adapters, resampling)]
+    findings += _patch_effects(trail, None if adapter is None else {one.digest for one in adapters})
     improved = sum(finding.verdict == "improved" for finding in findings)
     summary = f"{improved} of {len(findings)} measured differences are improvements"
-    method = "benchmark deltas with their recorded intervals; versions paired by item, Dirichlet bootstrap over items"
+    method = "benchmark deltas and patch effects as recorded; versions paired by item, Dirichlet bootstrap over items"
     return _answer(
         "What improved the model?", summary, findings, [*_unmeasured(adapters), ABLATION], method, resampling
     )
@@ -230,6 +234,24 @@ def _version_changes(trail: "Trail", adapters: Sequence[MeasuredAdapter], resamp
             for metric, spread in version_change(trail, old.body, new.body, **asdict(resampling)).items():
                 measure = f"{metric} on {new.body.name}, against version {int(version) - 1} ({change})"
                 yield _finding(reference, measure, metric, spread, links, resampling.confidence)
+
+
+def _patch_effects(trail: "Trail", wanted: set[str] | None) -> Iterator[Finding]:
+    """What each patch of a workflow was measured to do, under its author's name; of `wanted` adapters, if given."""
+    patches = {patch.leaf_hash: patch for patch in recorded_patches(trail)}
+    for effect in recorded_effects(trail):
+        if wanted is not None and wanted.isdisjoint(effect.adapters):
+            continue
+        named = [patches[leaf] for leaf in effect.body.patches if leaf in patches]
+        authors = ", ".join(dict.fromkeys(patch.author for patch in named))
+        why = "; ".join(patch.reason for patch in named)
+        also = f"; {', '.join(effect.body.also_changed)} changed too" if effect.body.also_changed else ""
+        confidence = effect.body.confidence_micro / MICRO
+        for change in effect.body.changes:
+            spread = Spread(change.delta_micro / MICRO, change.low_micro / MICRO, change.high_micro / MICRO)
+            measure = f"{change.metric} on {change.benchmark} after the patch {why!r} of {effect.body.workflow}{also}"
+            links = (effect.leaf_hash, *effect.body.patches)
+            yield _finding(f"{authors} (patch)", measure, change.metric, spread, links, confidence)
 
 
 def _data_change(trail: "Trail", older: MeasuredAdapter, newer: MeasuredAdapter) -> str:

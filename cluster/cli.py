@@ -24,6 +24,7 @@ from cluster.commands import (
     train,
     views,
     witness,
+    workflow,
 )
 from cluster.commands import cluster as cluster_commands
 from configs.errors import UserError
@@ -34,6 +35,7 @@ COMMAND_MODULES = (
     cluster_commands,
     data,
     train,
+    workflow,
     export,
     serve,
     engine,

@@ -27,6 +27,10 @@ _WEIGHTS = ("*.safetensors",)
 _FOLDER_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
+class HubUnasked(Exception):
+    """A hub name that only the network could resolve."""
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A base in the store: `path` is a folder that transformers loads, `digest` is that of its manifest."""
@@ -35,6 +39,10 @@ class BaseModel:
     digest: str
     path: Path
     entry: Entry
+
+    @property
+    def artefact(self) -> Artefact:
+        return Artefact("base_model", self.name, self.digest)
 
 
 def resolve_base(trail: Trail, source: str, *, progress: Callable[[str], None] = lambda _: None) -> BaseModel:
@@ -47,17 +55,41 @@ def resolve_base(trail: Trail, source: str, *, progress: Callable[[str], None] =
     if source.startswith("sha256:"):
         return _recorded(trail, source)
     origin = _locate(source)
-    cache = trail.home / "base" / f"{_fingerprint(origin)}.json"
-    if cache.exists():
-        digest = json.loads(cache.read_text())["digest"]
-        if trail.store.has(digest) and trail.find(digest):
-            return _recorded(trail, digest)
+    cache = _cache_file(trail, origin)
+    if known := _cached(trail, cache):
+        return _recorded(trail, known)
     digest, facts = _import(trail, source, origin, progress=progress)
     if trail.find(digest) is None:
         _record(trail, source, digest, facts)
     cache.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(cache, json.dumps({"source": source, "digest": digest}).encode())
     return _recorded(trail, digest)
+
+
+def known_base(trail: Trail, source: str) -> str | None:
+    """Return the digest of the base that `source` was imported as before; None when it was not, or has changed.
+
+    Imports nothing; a hub name is looked for in the hub's own cache only. Raises UserError as `resolve_base` does.
+    """
+    if source.startswith("sha256:"):
+        return _recorded(trail, source).digest
+    try:
+        origin = _locate(source, local_only=True)
+    except HubUnasked:
+        return None
+    return _cached(trail, _cache_file(trail, origin))
+
+
+def _cache_file(trail: Trail, origin: Path) -> Path:
+    return trail.home / "base" / f"{_fingerprint(origin)}.json"
+
+
+def _cached(trail: Trail, cache: Path) -> str | None:
+    """The digest that a cache file names, if base and record are still there."""
+    if not cache.exists():
+        return None
+    digest: str = json.loads(cache.read_text())["digest"]
+    return digest if trail.store.has(digest) and trail.find(digest) else None
 
 
 def _recorded(trail: Trail, digest: str) -> BaseModel:
@@ -67,7 +99,7 @@ def _recorded(trail: Trail, digest: str) -> BaseModel:
     return BaseModel(entry.record.body.name, digest, trail.store.get_directory(digest), entry)
 
 
-def _locate(source: str) -> Path:
+def _locate(source: str, *, local_only: bool = False) -> Path:
     """Return the file or folder that `source` names, fetching a hub name into the hub's own cache."""
     if source in WHEELS:
         module, pattern, wheel = WHEELS[source]
@@ -84,17 +116,19 @@ def _locate(source: str) -> Path:
     if path.exists():
         return path.resolve()
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return _from_hub(source)
+        return _from_hub(source, local_only=local_only)
     known = ", ".join(sorted(WHEELS))
     raise UserError(f"base: {source!r} is neither a folder, a GGUF file, a hub name (owner/name) nor one of: {known}")
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, *, local_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FOLDER_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(_FOLDER_FILES), local_files_only=local_only))
     except Exception as error:
+        if local_only:
+            raise HubUnasked from error
         raise UserError(
             f"base: the hub did not give {name!r} ({error}); download it elsewhere and give the folder"
         ) from error

@@ -15,11 +15,14 @@ class PublishError(UserError):
     """A name or digest that cannot be published."""
 
 
-def publish(trail: "Trail", name: str, digest: str, kind: str = "adapter") -> "Entry":
+def publish(
+    trail: "Trail", name: str, digest: str, kind: str = "adapter", *, workflow: "Artefact | None" = None
+) -> "Entry":
     """Record that the next version of `name` is `digest`.
 
     The artefact must be the output of a record of this trail and lie unaltered in its store. An adapter also gets a
-    model signature, recorded in the same group unless it has one of this home's key.
+    model signature, recorded in the same group unless it has one of this home's key. `workflow`: the
+    definition of the workflow that asks, an input of the record.
 
     Raises:
         PublishError: a bad name, an unknown digest, or one of another kind.
@@ -39,7 +42,7 @@ def publish(trail: "Trail", name: str, digest: str, kind: str = "adapter") -> "E
         publication = Draft(
             "publication",
             PublicationBody(name=name, version=version, artefact_kind=kind, digest=digest),
-            inputs=(artefact, *signatures),
+            inputs=(artefact, *signatures, *([workflow] if workflow else [])),
             outputs=(artefact,),
             contributors=(Party(trail.keys.get("operator").key_id, "operator"),),
         )

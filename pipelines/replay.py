@@ -175,7 +175,10 @@ def _replay_refinement(trail: Trail, rehearsal: Rehearsal, entry: Entry) -> Repl
 
     record = _record_of(entry)
     settings = _settings(trail, entry, RefineSettings)
-    report = refine(rehearsal, entry.leaf.parents, settings, name=_body_name(entry))
+    datasets = [
+        leaf for leaf in entry.leaf.parents if trail.entry(leaf).leaf.kind == "dataset"
+    ]  # not a workflow's patch
+    report = refine(rehearsal, datasets, settings, name=_body_name(entry))
     counts = Compared("rows kept", str(getattr(record.body, "num_kept", "")), str(report.num_kept))
     return ReplayReport(entry, (Compared("refined dataset", _output(record, "refined"), report.digest), counts))
 

@@ -39,7 +39,7 @@ from attribution.records import (
 
 RECORD_BUNDLE_TYPE = "https://trailmark.dev/record-proof/v1"
 RECORD_PROOF_FIELDS = frozenset({"envelope", "salt", "leaf", "proof"})
-CONTRIBUTOR_KINDS = frozenset({"contributor", "dataset", "prompt", "retrieval", "workflow_patch"})
+CONTRIBUTOR_KINDS = frozenset({"contributor", "dataset", "prompt", "retrieval", "workflow_patch", "approval"})
 MAX_FILE_BYTES = 64 << 20
 MAX_LINEAGE = 10_000
 TAKE_AGAIN = "; if the record is new, take its proof again in a few seconds"

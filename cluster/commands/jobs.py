@@ -1,4 +1,4 @@
-"""`trailmark job`: refine, train and benchmark in the cluster, outliving the terminal."""
+"""`trailmark job`: refine, train, benchmark and run in the cluster, outliving the terminal."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ JobArgument = Annotated[str, typer.Argument(metavar="ID", help="The job's id, or
 
 def register(app: typer.Typer) -> None:
     """Add `job submit`, `logs`, `stop` and `list`."""
-    group = typer.Typer(help="Run refine, train and benchmark in the cluster.", no_args_is_help=True)
+    group = typer.Typer(help="Run refine, train, benchmark and workflows in the cluster.", no_args_is_help=True)
     group.command("submit", context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(submit)
     group.command("logs")(logs)
     group.command("stop")(stop)
@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def submit(
     context: typer.Context,
-    command: Annotated[str, typer.Argument(help="refine, train or benchmark; its own arguments follow.")],
+    command: Annotated[str, typer.Argument(help="refine, train, benchmark or run; its own arguments follow.")],
 ) -> None:
     """Start `trailmark COMMAND ...` in the cluster and print its id."""
     from cluster import jobs

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from attribution.bodies import Metric
+    from attribution.records import Artefact
     from attribution.trail import Entry, Trail
 
 MICRO = 1_000_000
@@ -76,8 +77,11 @@ def benchmark(
     suite: Path,
     settings: BenchmarkSettings,
     progress: Progress | None = None,
+    workflow: "Artefact | None" = None,
 ) -> BenchmarkReport:
     """Measure `adapter` (digest, published name[@version], or the name it was trained under) on `suite` and record it.
+
+    `workflow`: the definition of the workflow that asks, an input of the record.
 
     Raises:
         SuiteError: a bad row, with its line and field.
@@ -91,7 +95,7 @@ def benchmark(
     base, tuned = Answers(base_losses, base_texts), Answers(adapter_losses, adapter_texts)
     metrics = compare_answers(items, base, tuned, settings=settings)
     details = trail.put_table(details_table(items, base, tuned))
-    entry = _record(trail, trained, suite, metrics, details=details, settings=settings)
+    entry = _record(trail, trained, suite, metrics, details=details, settings=settings, workflow=workflow)
     return BenchmarkReport(entry, trained.digest, metrics, details)
 
 
@@ -218,6 +222,7 @@ def _record(
     *,
     details: str,
     settings: BenchmarkSettings,
+    workflow: "Artefact | None",
 ) -> "Entry":
     from attribution.bodies import BenchmarkBody
     from attribution.records import Artefact, Party
@@ -239,6 +244,7 @@ def _record(
             Artefact("adapter", trained.name, trained.digest),
             Artefact("base_model", trained.base_name, trained.base_digest),
             Artefact("suite", suite.stem, suite_digest),
+            *([workflow] if workflow else []),
         ),
         outputs=(Artefact("table", f"{suite.stem}.details", details),),
         contributors=(Party(trail.keys.get("operator").key_id, "operator"),),

@@ -69,11 +69,12 @@ def refine(
     *,
     name: str,
     progress: Progress | None = None,
+    workflow: Artefact | None = None,
 ) -> RefineReport:
     """Refine `datasets` (see `read.contributions`) into one dataset in the store, and record it.
 
     The digest depends on the contributions and the rules' settings alone: not on `num_workers`, `block_rows`, the order
-    of `datasets` or `name`.
+    of `datasets` or `name`. `workflow`: the definition of the workflow that asks, an input of the record.
 
     Raises:
         UserError: an unknown, erased, altered or unsigned dataset; or every row dropped (the message says why).
@@ -86,7 +87,7 @@ def refine(
         made = _make(trail, chosen, settings, name=name, folder=folder, progress=progress or _ignore)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return _record(trail, chosen, settings, made)
+    return _record(trail, chosen, settings, made, workflow=workflow)
 
 
 def _make(
@@ -207,16 +208,25 @@ def _summary(body: RefinementBody) -> dict[str, Any]:
     }
 
 
-def _record(trail: "Trail", chosen: Sequence[Contribution], settings: RefineSettings, made: _Made) -> RefineReport:
+def _record(
+    trail: "Trail",
+    chosen: Sequence[Contribution],
+    settings: RefineSettings,
+    made: _Made,
+    *,
+    workflow: Artefact | None,
+) -> RefineReport:
+    asked_by = [workflow] if workflow else []
+    patches = [patch.leaf_hash for item in asked_by if (patch := trail.find(item.digest))]
     operator = trail.keys.get("operator")
     authors = dict.fromkeys(contribution.origin.contributor for contribution in chosen)
     entry = trail.record(
         "refinement",
         made.body,
-        inputs=[Artefact("dataset", contribution.name, contribution.rows) for contribution in chosen],
+        inputs=[*(Artefact("dataset", contribution.name, contribution.rows) for contribution in chosen), *asked_by],
         outputs=[Artefact(KIND, made.body.name, made.digest)],
         contributors=[Party(operator.key_id, "refiner"), *(Party(key_id, "contributor") for key_id in authors)],
-        parents=[contribution.origin.dataset for contribution in chosen],
+        parents=[*(contribution.origin.dataset for contribution in chosen), *patches],
         config=trail.run_config(settings),
     )
     body = made.body

@@ -4,7 +4,7 @@ import math
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ from pipelines.train.trace import Event, Journal, JournalFollower, StepTaken
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
+    from attribution.records import Artefact
     from attribution.trail import Entry, Trail
-    from pipelines.base_model import BaseModel
 
 POLL_SECONDS = 0.25
 RUNS_FOLDER = Path("run") / "train"
@@ -75,11 +75,13 @@ def train(
     settings: TrainSettings,
     progress: Progress | None = None,
     hook: StepHook | None = None,
+    workflow: "Artefact | None" = None,
 ) -> TrainReport:
     """Train, export, prove and record one adapter.
 
     `dataset` is a refinement's name (the newest of that name) or its output's digest; `base` is what `resolve_base`
-    takes. `hook` runs in every worker before each step (tests fail on purpose with it).
+    takes. `hook` runs in every worker before each step (tests fail on purpose with it). `workflow`: the definition
+    of the workflow that asks, an input of the record.
 
     Raises:
         PublishError: a name that could not be published later.
@@ -98,7 +100,8 @@ def train(
     tell = progress or _ignore
     tell(Planned(len(plan_steps(rows.examples, settings)), len(rows.examples), rows.skipped))
     outcome = _run(plan, hook=hook, progress=tell)
-    report = _record(trail, plan, outcome, name=name, refined=refined, base=base_model, skipped=rows.skipped)
+    inputs = (base_model.artefact, refined.artefact, *([workflow] if workflow else []))
+    report = _record(trail, plan, outcome, name=name, inputs=inputs, skipped=rows.skipped)
     shutil.rmtree(run_folder)
     return report
 
@@ -109,6 +112,12 @@ class Refined:
 
     name: str
     digest: str
+
+    @property
+    def artefact(self) -> "Artefact":
+        from attribution.records import Artefact
+
+        return Artefact("refined", self.name, self.digest)
 
 
 def resolve_refined(trail: "Trail", dataset: str) -> Refined:
@@ -235,15 +244,14 @@ def _record(
     outcome: Outcome,
     *,
     name: str,
-    refined: Refined,
-    base: "BaseModel",
+    inputs: "Sequence[Artefact]",
     skipped: tuple[tuple[str, str], ...],
 ) -> TrainReport:
-    """Put trace and adapter into the store and append the record."""
+    """Put trace and adapter into the store and append the record; `inputs` begin with base and dataset."""
     from attribution.bodies import AdapterBody
     from attribution.records import Artefact, Party
 
-    settings = plan.settings
+    settings, (base, refined, *_) = plan.settings, inputs
     journal = Journal(plan.run_folder)
     steps, attempts = journal.steps(), journal.attempts()
     num_examples = pq.read_metadata(plan.examples_file).num_rows
@@ -266,7 +274,7 @@ def _record(
     entry = trail.record(
         "adapter",
         body,
-        inputs=(Artefact("base_model", base.name, base.digest), Artefact("refined", refined.name, refined.digest)),
+        inputs=inputs,
         outputs=(Artefact("adapter", name, digest), Artefact("trace", name, trace)),
         contributors=(Party(trail.keys.get("operator").key_id, "trainer"),),
         config=trail.run_config(settings),

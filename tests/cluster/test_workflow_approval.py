@@ -1,0 +1,149 @@
+"""Human sign-off: what is asked, who may answer, how many, and what voids an answer."""
+
+import pytest
+
+from attribution.approvals import Request, decide, standing
+from attribution.bodies import ApprovalBody
+from attribution.keys import SigningKey
+from attribution.records import Artefact, Party
+from attribution.trail import Trail
+from attribution.workflow_runs import Run
+from cluster.workflow import Author
+from cluster.workflow_story import waiting_request
+from configs.errors import UserError
+from pipelines.contribute import add_contributor
+from tests.cluster.workflow_world import WORKFLOW, World
+
+
+@pytest.fixture
+def world(trail: Trail) -> World:
+    for name in ("mira", "otto", "lena"):
+        add_contributor(trail, name)
+    return World(trail)
+
+
+def run(world: World, text: str = WORKFLOW, author: Author | None = None) -> Run:
+    return world.driver(text).run(author).run
+
+
+def say(world: World, name: str, *, approve: bool = True, run_id: str = "facts") -> None:
+    decide(world.trail, waiting_request(world.trail, run_id, "sign-off", name), name=name, approve=approve, note="seen")
+
+
+def test_a_run_waits_until_enough_have_signed(world: World) -> None:
+    waiting = run(world)
+    assert waiting.status == "waiting"
+    step = waiting.step("sign-off")
+    assert step is not None and step.reason == "2 of mira, otto, operator must approve"
+    assert not world.driver(WORKFLOW).run().is_new, "waiting on is not recorded again"
+    say(world, "mira")
+    assert run(world).status == "waiting"
+    say(world, "operator")
+    done = run(world)
+    assert done.status == "done" and done.attempt == 2
+    assert world.made == ["refine", "train", "benchmark"]
+    approvals = [world.trail.entry(leaf) for leaf in done.step("sign-off").records]  # type: ignore[union-attr]
+    made = {item.digest for item in approvals[0].record.inputs}  # type: ignore[union-attr]
+    outputs = {name: step.outputs[0].artefact.digest for name in ("train", "benchmark") if (step := waiting.step(name))}
+    assert made == set(outputs.values())
+    assert [entry.record.contributors[0].role for entry in approvals if entry.record] == ["approver", "approver"]
+    assert not world.driver(WORKFLOW).run().is_new, "an approval given once counts as long as nothing changes"
+
+
+def test_approval_of_something_that_changed_does_not_count(world: World) -> None:
+    run(world)
+    say(world, "mira")
+    say(world, "otto")
+    world.rows = "rows that nobody has seen"
+    again = run(world)
+    assert again.status == "waiting" and again.run_id == "facts-1"
+    assert again.step("sign-off").reason == "2 of mira, otto, operator must approve"  # type: ignore[union-attr]
+
+
+def test_refusal_ends_it_until_they_think_again(world: World) -> None:
+    run(world)
+    say(world, "mira", approve=False)
+    assert run(world).status == "waiting", "two others can still approve"
+    say(world, "otto", approve=False)
+    refused = run(world)
+    assert refused.status == "refused"
+    assert "mira refused (seen), otto refused (seen)" in refused.step("sign-off").reason  # type: ignore[union-attr]
+    assert refused.step("publish").status == "skipped"  # type: ignore[union-attr]
+    say(world, "otto")
+    say(world, "operator")
+    assert run(world).status == "done"
+
+
+def test_only_the_approvers_own_key_counts(world: World) -> None:
+    run(world)
+    request = waiting_request(world.trail, "facts", "sign-off", "mira")
+    lena = world.trail.keys.get("lena")
+    for name in ("mira", "otto"):
+        person = world.trail.keys.get(name)
+        body = ApprovalBody(request.subject, "approved", f"{name} says lena")
+        world.trail.record("approval", body, contributors=[Party(person.key_id, "approver")], signer=lena)
+    found = standing(world.trail, request, approvers=("mira", "otto"), required=1)
+    assert (found.status, found.decisions) == ("waiting", ())
+
+
+def test_a_key_that_is_not_the_recorded_one_is_refused(world: World) -> None:
+    run(world)
+    folder = world.trail.keys.directory
+    (folder / "mira.key").unlink()
+    SigningKey.generate("mira").save(folder / "mira.key")
+    fresh = World(Trail.open(world.trail.home))
+    with pytest.raises(UserError, match="approver 'mira': wrong key"):
+        say(fresh, "mira")
+
+
+@pytest.mark.parametrize(
+    ("run_id", "step", "name", "message"),
+    [
+        ("facts", "sign-off", "mria", "approver 'mria': no such contributor; did you mean 'mira'"),
+        ("facts", "sign-off", "lena", "approver 'lena': step 'sign-off' asks mira, otto, operator"),
+        ("facts", "signoff", "mira", "no such approval step; did you mean 'sign-off'"),
+        ("facts", "train", "mira", "no such approval step"),
+        ("fact", "sign-off", "mira", "run 'fact': no such workflow or run; did you mean 'facts'"),
+        ("facts-2", "sign-off", "mira", "run 'facts-2': no such workflow or run; did you mean 'facts-1'"),
+    ],
+)
+def test_mistakes_of_an_approver_are_named(world: World, run_id: str, step: str, name: str, message: str) -> None:
+    run(world)
+    with pytest.raises(UserError, match=message):
+        waiting_request(world.trail, run_id, step, name)
+
+
+def test_an_older_run_cannot_be_approved(world: World) -> None:
+    run(world)
+    run(world, WORKFLOW.replace("0.5", "0.1"), Author("mira", "slower"))
+    with pytest.raises(UserError, match="run facts-1: facts-2 came after it"):
+        waiting_request(world.trail, "facts-1", "sign-off", "mira")
+    say(world, "mira", run_id="facts-2")
+
+
+def test_a_step_that_is_done_asks_for_nothing(world: World) -> None:
+    run(world)
+    say(world, "mira")
+    say(world, "otto")
+    run(world)
+    with pytest.raises(UserError, match="asks for nothing now: it is done in facts-1"):
+        waiting_request(world.trail, "facts", "sign-off", "mira")
+
+
+def test_unknown_approvers_and_too_many_required_are_told_before_anything_runs(world: World) -> None:
+    for text, message in (
+        (
+            WORKFLOW.replace("otto", "ottto"),
+            r"steps\.sign-off\.approvers 'ottto': no such contributor; did you mean 'otto'",
+        ),
+        (WORKFLOW.replace("required: 2", "required: 4"), r"steps\.sign-off\.required = 4: only 3 approvers are named"),
+    ):
+        with pytest.raises(UserError, match=message):
+            world.driver(text).run()
+    assert world.made == []
+
+
+def test_the_subject_is_the_step_and_the_digests(trail: Trail) -> None:
+    one, two = (Artefact("adapter", name, "sha256:" + "ab" * 32) for name in ("a", "b"))
+    assert Request("w", "s", (one,)).subject == Request("w", "s", (two,)).subject, "a name is not content"
+    assert Request("w", "s", (one,)).subject != Request("w", "t", (one,)).subject
