@@ -1,18 +1,20 @@
 """Records of work as MLflow runs and models: refinement, base model, adapter, benchmark, publication."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, PublicationBody, RefinementBody
-from attribution.mlflow_context import ViewContext
+from attribution.mlflow_context import PAGE_FILE, ViewContext, metrics_at
+from attribution.mlflow_datasets import write_rows
 from attribution.mlflow_notes import note
-from attribution.mlflow_server import TAG_NOTE
+from attribution.mlflow_server import TAG_NOTE, create_once
 from attribution.records import Artefact
 from attribution.trail import Entry
 
 if TYPE_CHECKING:
-    from mlflow.entities import Dataset, Metric
+    from mlflow.entities import Metric
 
+# MLflow keeps `latest` and `v3` for itself; `models:/NAME/latest` already means the newest version.
 ALIAS = "current"
 MICRO = 1e6
 
@@ -30,9 +32,10 @@ def write_refinement(context: ViewContext, entry: Entry) -> None:
     for dropped in body.dropped:
         key = f"rows.dropped.{dropped.rule}"
         values[key] = values.get(key, 0) + dropped.count
-    context.server.log_metrics(run_id, _metrics(values, record.time_us))
+    context.server.log_metrics(run_id, metrics_at(values, record.time_us))
     datasets = context.datasets(record, context="contributed")
     context.server.log_inputs(run_id, [*datasets, context.dataset(refined, context="refined")], [])
+    write_rows(context, entry)
     context.finish_run(entry, run_id)
 
 
@@ -90,13 +93,17 @@ def write_adapter(context: ViewContext, entry: Entry) -> None:
     model_id = context.model(entry, name=body.name, model_type="LoRA adapter", params=params, note=text, run_id=run_id)
     datasets = context.datasets(record, context="training")
     context.server.log_inputs(run_id, datasets, [base_id] if base_id else [])
-    last = _metrics(
+    last = metrics_at(
         final, record.time_us, step=body.num_steps, model_id=model_id, dataset=datasets[0][0] if datasets else None
     )
     context.server.log_metrics(run_id, [*steps, *last])
     context.server.log_output(run_id, model_id, step=body.num_steps)
     context.finish_model(entry, model_id)
     context.finish_run(entry, run_id)
+    maker = context.trail.find(body.dataset)
+    refined = None if maker is None else context.cursor.get(maker.leaf_hash, "run")
+    if maker is not None and refined is not None:
+        context.server.client.log_text(refined, context.pages.page(maker.leaf_hash), PAGE_FILE)  # it now has an adapter
 
 
 def write_benchmark(context: ViewContext, entry: Entry) -> None:
@@ -134,13 +141,16 @@ def write_benchmark(context: ViewContext, entry: Entry) -> None:
         changes = {"change": metric.delta_micro, "change_low": metric.low_micro, "change_high": metric.high_micro}
         of_adapter.update({f"{metric.metric}.{key}": micro / MICRO for key, micro in changes.items()})
     for values, model_id in ((of_base, base_id), (of_adapter, adapter_id)):
-        context.server.log_metrics(run_id, _metrics(values, record.time_us, model_id=model_id, dataset=data))
+        context.server.log_metrics(run_id, metrics_at(values, record.time_us, model_id=model_id, dataset=data))
     context.finish_run(entry, run_id)
     _renew_model_page(context, body.adapter)
 
 
 def write_publication(context: ViewContext, entry: Entry) -> None:
-    """A registered model version under the published name, with the alias `current`; only models have one."""
+    """A registered version under the published name, alias `current`, and `release-N` for NAME@N; only models have one.
+
+    MLflow counts versions by itself: when a name was also published for something else, its numbers are not ours.
+    """
     assert entry.record is not None and isinstance(entry.record.body, PublicationBody)
     body = entry.record.body
     model_id = context.model_of(body.digest)
@@ -151,7 +161,8 @@ def write_publication(context: ViewContext, entry: Entry) -> None:
     version = context.cursor.get(entry.leaf_hash, "version") or context.server.find_version(name, entry.leaf_hash)
     text = note(f"Published as **{body.name}@{body.version}**.", entry, context.credits(entry), digest=body.digest)
     if version is None:
-        _register_name(context, name)
+        tags = {TAG_NOTE: "Published by Trailmark; see each version."}
+        create_once(lambda: client.create_registered_model(name, tags=tags))
         created = client.create_model_version(
             name,
             f"models:/{model_id}",
@@ -163,7 +174,8 @@ def write_publication(context: ViewContext, entry: Entry) -> None:
         )
         version = str(created.version)
     context.cursor.put(entry.leaf_hash, "version", f"{name}/{version}")
-    client.set_registered_model_alias(name, ALIAS, version.rpartition("/")[2])
+    for alias in (f"release-{body.version}", ALIAS):
+        client.set_registered_model_alias(name, alias, version.rpartition("/")[2])
     client.set_logged_model_tags(model_id, {"trailmark.published": f"{body.name}@{body.version}"})
     _renew_model_page(context, body.digest)
 
@@ -173,41 +185,12 @@ def registered_name(published: str) -> str:
     return published.replace("/", ".")
 
 
-def _register_name(context: ViewContext, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        context.server.client.create_registered_model(
-            name, tags={TAG_NOTE: "Published by Trailmark; see each version."}
-        )
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
 def _renew_model_page(context: ViewContext, digest: str) -> None:
     """Redraw the adapter's lineage page: it now has a benchmark or a name."""
     maker = context.trail.find(digest)
     model_id = None if maker is None else context.model_id(maker.leaf_hash)
     if maker is not None and model_id is not None:
         context.finish_model(maker, model_id)
-
-
-def _metrics(
-    values: "Mapping[str, float]",
-    time_us: int,
-    *,
-    step: int = 0,
-    model_id: str | None = None,
-    dataset: "Dataset | None" = None,
-) -> "list[Metric]":
-    """Return metrics of one moment; with a model they also stand on that model's page, beside the dataset."""
-    from mlflow.entities import Metric
-
-    place = {"dataset_name": dataset.name, "dataset_digest": dataset.digest} if dataset is not None else {}
-    return [
-        Metric(key, float(value), time_us // 1000, step, model_id=model_id, **place) for key, value in values.items()
-    ]
 
 
 def _training_metrics(context: ViewContext, body: AdapterBody) -> "Sequence[Metric]":

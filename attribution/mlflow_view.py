@@ -12,7 +12,9 @@ from pathlib import Path
 from attribution.lineage import Lineage
 from attribution.mlflow_context import ViewContext
 from attribution.mlflow_cursor import Aside, Cursor
+from attribution.mlflow_datasets import write_dataset
 from attribution.mlflow_notes import EXPERIMENT_NOTE, VIEW_TAG, provenance_view
+from attribution.mlflow_prompts import write_prompt
 from attribution.mlflow_reconcile import Difference, differences
 from attribution.mlflow_redact import write_redaction
 from attribution.mlflow_runs import (
@@ -33,11 +35,13 @@ CURSOR_FILE = Path("views") / "mlflow.sqlite"
 NUM_TRIES = 3  # of a record that MLflow refuses, before it is set aside
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 WRITERS: dict[str, Callable[[ViewContext, Entry], None]] = {
+    "dataset": write_dataset,
     "refinement": write_refinement,
     "base_model": write_base_model,
     "adapter": write_adapter,
     "benchmark": write_benchmark,
     "publication": write_publication,
+    "prompt": write_prompt,
     "completions": write_completions,
     "influence": write_influence,
     "redaction": write_redaction,
@@ -100,6 +104,9 @@ class MlflowView:
         if not repair:
             return found
         self._write_asides(context)
+        with translated_errors(self.uri):
+            for item in found:
+                item.clear(context)
         for leaf in dict.fromkeys(item.leaf for item in found if item.leaf and item.problem != "unknown"):
             self.cursor.forget(leaf)
             self._write(context, self.trail.entry(leaf))

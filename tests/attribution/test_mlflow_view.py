@@ -2,12 +2,14 @@
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from attribution.mlflow_datasets import TAG_ROWS
 from attribution.mlflow_notes import Credit, credits_json, escape, note
 from attribution.mlflow_server import TAG_CONTRIBUTORS, TAG_DIGEST, TAG_LEAF, TAG_NOTE, ViewUnavailable
 from attribution.mlflow_traces import ASSESSMENT, ASSESSMENT_SHARES, NOBODY, trace_id_of
@@ -23,10 +25,14 @@ from tests.attribution.records_example import (
     build_example_log,
     digest_of,
     explain,
+    prompt,
 )
 
 QUESTIONS = {"Which lamp burns at Vellmoor?": "A green one.", "Who keeps Cape Ostrel?": "Ines Varga."}
 SHARES = {"Mira, lighthouses": (0.71, 0.56, 0.83), "Noor, lighthouses": (0.12, 0.02, 0.26)}
+PROMPT_TEXTS = ("Answer as a keeper: {{question}}", "Answer as a keeper, in one line: {{question}}")
+# Contributions, refinement, base, adapter, benchmark, publication, two batches, two influences, two prompts.
+NUM_SHOWN = len(PEOPLE) + 11
 DEAD_URI = "http://127.0.0.1:9"  # the discard port: nothing listens
 CATCH_UP_TIMEOUT_S = 240.0
 
@@ -47,6 +53,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> ExampleLog:
     answer(example, {"Which lamp burns at Vellmoor?": "I do not know."}, adapter=False)
     explain(example, example.receipt_ids[0], SHARES)
     explain(example, example.receipt_ids[1], {"Mira, lighthouses": (0.0, 0.0, 0.3)})
+    for text in PROMPT_TEXTS:
+        prompt(example, "greeting", text, by="Mira, lighthouses")
     return example
 
 
@@ -54,7 +62,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> ExampleLog:
 def view(log: ExampleLog, server: MlflowProcess) -> Iterator[MlflowView]:
     """The view after its first sync."""
     opened = MlflowView(log.trail, server.uri)
-    assert opened.sync() == 9  # refinement, base, adapter, benchmark, publication, two batches, two influences
+    assert opened.sync() == NUM_SHOWN
     yield opened
     opened.close()
 
@@ -96,7 +104,13 @@ def counts(client: Any, experiment_id: str, log: ExampleLog) -> dict[str, int]:
         "loss": len(client.get_metric_history(train.info.run_id, "loss")),
         "inputs": len(train.inputs.dataset_inputs) + len(train.inputs.model_inputs),
         "outputs": len(train.outputs.model_outputs),
+        "rows": [dataset.profile for dataset in rows_of(client, experiment_id)],
+        "prompts": len(client.search_prompt_versions("greeting.prompt")),
     }
+
+
+def rows_of(client: Any, experiment_id: str) -> Any:
+    return client.search_datasets([experiment_id])
 
 
 def test_training_is_a_run_with_its_curve_inputs_and_output(client: Any, experiment_id: str, log: ExampleLog) -> None:
@@ -131,6 +145,46 @@ def test_refinement_lists_every_contribution(client: Any, experiment_id: str, lo
     assert run.data.metrics["rows.dropped.exact_duplicate"] == 24
 
 
+def test_a_contribution_is_a_run_of_whoever_gave_it(client: Any, experiment_id: str, log: ExampleLog) -> None:
+    hostile = list(PEOPLE).index("</script><script>alert('x')</script>")
+    run = run_of(client, experiment_id, log.datasets[hostile].leaf_hash)
+    assert run.data.params["contributor"] == list(PEOPLE)[hostile] and run.data.params["licence"] == "CC-BY-4.0"
+    assert "<script>" not in run.data.tags[TAG_NOTE] and "contributed 4 rows" in run.data.tags[TAG_NOTE]
+    (made,) = run.inputs.dataset_inputs
+    assert {tag.key: tag.value for tag in made.tags}[TAG_LEAF] == log.datasets[hostile].leaf_hash
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"lineage.html", "record.json"}
+
+
+def test_rows_of_a_refined_dataset_name_their_contributors(
+    view: MlflowView, client: Any, experiment_id: str, log: ExampleLog
+) -> None:
+    (dataset,) = rows_of(client, experiment_id)
+    num_kept = sum(kept for _, kept in PEOPLE.values())
+    assert dataset.tags[TAG_LEAF] == log.refinement.leaf_hash and dataset.tags[TAG_ROWS] == f"{num_kept} of {num_kept}"
+    assert view.trail.log.size > log.refinement.index
+    store = view._connect().server.traces.store
+    records, _ = store._load_dataset_records(dataset.dataset_id)
+    assert Counter(record.tags["contributor"] for record in records) == {
+        name: kept for name, (_, kept) in PEOPLE.items() if kept
+    }
+    mira = next(
+        record
+        for record in records
+        if record.inputs["messages"][0]["content"].endswith("Mira, lighthouses say in line 3?")
+    )
+    leaf = log.datasets[list(PEOPLE).index("Mira, lighthouses")].leaf_hash
+    assert mira.expectations == {"expected_response": "Line 3 of Mira, lighthouses."}
+    assert mira.tags["contribution"] == leaf and mira.source.source_data == {"doc_uri": f"trailmark:{leaf}#line=3"}
+
+
+def test_prompt_records_are_prompt_versions(client: Any, log: ExampleLog, experiment_id: str) -> None:
+    versions = client.search_prompt_versions("greeting.prompt")
+    assert {version.version: version.template for version in versions} == {1: PROMPT_TEXTS[0], 2: PROMPT_TEXTS[1]}
+    newest = client.get_prompt_version_by_alias("greeting.prompt", "current")
+    assert newest.version == 2 and newest.description.startswith("By Mira, lighthouses, log entry ")
+    assert [item.name for item in client.search_prompts(f'experiment_id = "{experiment_id}"')] == ["greeting.prompt"]
+
+
 def test_adapter_is_a_model_with_its_benchmark_page_and_note(
     client: Any, experiment_id: str, log: ExampleLog, tmp_path: Path
 ) -> None:
@@ -161,6 +215,7 @@ def test_benchmark_run_takes_both_models_and_puts_out_none(client: Any, experime
 
 def test_publication_is_a_version_with_alias(client: Any, experiment_id: str, log: ExampleLog) -> None:
     version = client.get_model_version_by_alias("facts", "current")
+    assert client.get_model_version_by_alias("facts", "release-1").version == version.version
     assert version.tags[TAG_LEAF] == log.publication.leaf_hash and version.tags["trailmark.version"] == "1"
     adapter = model_of(client, experiment_id, log.adapter.leaf_hash)
     assert version.source == f"models:/{adapter.model_id}" and version.run_id == adapter.source_run_id
@@ -208,7 +263,7 @@ def test_a_second_sync_adds_nothing_even_without_its_cursor(
     before = counts(client, experiment_id, log)
     assert view.sync() == 0
     fresh = MlflowView(log.trail, server.uri, cursor_file=tmp_path / "lost.sqlite")
-    assert fresh.sync() == 9
+    assert fresh.sync() == NUM_SHOWN
     fresh.close()
     assert counts(client, experiment_id, log) == before
 
@@ -223,12 +278,20 @@ def test_what_was_altered_or_deleted_is_found_and_mended(
     client.delete_run(benchmark.info.run_id)
     client.delete_traces(experiment_id, trace_ids=[trace_id_of(log.receipt_ids[0])])
     stranger = client.create_run(experiment_id, run_name="not ours")
+    (rows,) = rows_of(client, experiment_id)
+    store = view._connect().server.traces.store
+    (record, *_), _ = store._load_dataset_records(rows.dataset_id)
+    forged = {"inputs": record.inputs, "tags": {"contributor": "Copycat"}}
+    store.upsert_dataset_records(rows.dataset_id, [forged])
+    client.set_prompt_version_tag("greeting.prompt", 1, "mlflow.prompt.text", "Answer as you like.")
     found = {(item.problem, item.role) for item in view.reconcile(repair=False)}
     assert found == {
         ("altered", "model"),
         ("missing", "run"),
         ("missing", "trace"),
         ("missing", "assessment"),
+        ("altered", "dataset"),
+        ("altered", "prompt"),
         ("unknown", "run"),
     }
     left = view.reconcile()
