@@ -1,13 +1,13 @@
 """What the writers of the MLflow view share: the trail, the server, what stands for which record, and who made it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attribution.bodies import RefinementBody
 from attribution.lineage import Lineage, record_bundle
 from attribution.mlflow_cursor import Cursor
-from attribution.mlflow_notes import Credit, credits_json
+from attribution.mlflow_notes import Credit, credits_json, note
 from attribution.mlflow_server import (
     MAX_TAG_CHARS,
     TAG_CONTRIBUTORS,
@@ -59,6 +59,10 @@ class ViewContext:
                     queue.append(self.trail.entry(parent))
         names = self.lineage.contributor_names()
         return [Credit(key_id, names.get(key_id, key_id[:12]), given[key_id], kept[key_id]) for key_id in given]
+
+    def note(self, summary: str, entry: Entry, credits: Sequence[Credit], *, digest: str | None) -> str:
+        """Return the description of a run, model or version."""
+        return note(summary, entry, credits, digest=digest, has_pages=self.server.has_pages)
 
     def signer_name(self, entry: Entry) -> str:
         """Return the name of who signed a contribution, or the start of their key id."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attribution.bodies import DatasetBody, RefinementBody
 from attribution.mlflow_context import ViewContext, metrics_at
-from attribution.mlflow_notes import escape, note
+from attribution.mlflow_notes import escape
 from attribution.trail import Entry
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def write_dataset(context: ViewContext, entry: Entry) -> None:
     who = context.signer_name(entry)
     rejected = f", {body.num_rejected} rejected" if body.num_rejected else ""
     summary = f"**{escape(who)}** contributed {body.num_rows} rows{rejected} under {escape(body.licence)}."
-    text = note(summary, entry, [], digest=made.digest)
+    text = context.note(summary, entry, [], digest=made.digest)
     run_id = context.run(entry, name=f"contribute {body.name}", start_us=record.time_us, digest=made.digest, note=text)
     context.server.log_params(run_id, {"contributor": who, "licence": body.licence, "file": body.source_file_name})
     values = {"rows": body.num_rows, "rows.rejected": body.num_rejected}

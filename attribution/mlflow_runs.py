@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, PublicationBody, RefinementBody
 from attribution.mlflow_context import PAGE_FILE, ViewContext, metrics_at
 from attribution.mlflow_datasets import write_rows
-from attribution.mlflow_notes import note
 from attribution.mlflow_server import TAG_NOTE, create_once
 from attribution.records import Artefact
 from attribution.trail import Entry
@@ -25,7 +24,7 @@ def write_refinement(context: ViewContext, entry: Entry) -> None:
     record, body = entry.record, entry.record.body
     refined = record.outputs[0]
     summary = f"Refined **{body.num_kept}** of {body.num_in} rows from {len(body.per_contributor)} contributors."
-    text = note(summary, entry, context.credits(entry), digest=refined.digest)
+    text = context.note(summary, entry, context.credits(entry), digest=refined.digest)
     run_id = context.run(entry, name=f"refine {body.name}", start_us=record.time_us, digest=refined.digest, note=text)
     context.server.log_params(run_id, {f"rule.{rule.name}": rule.params for rule in body.rules} | {"seed": record.seed})
     values = {"rows.in": body.num_in, "rows.kept": body.num_kept, "rows.dropped": body.num_in - body.num_kept}
@@ -54,7 +53,7 @@ def write_base_model(context: ViewContext, entry: Entry) -> None:
         "dtype": body.dtype,
         "num_parameters": body.num_parameters,
     }
-    text = note(summary, entry, [], digest=digest)
+    text = context.note(summary, entry, [], digest=digest)
     model_id = context.model(entry, name=body.name, model_type="base model", params=params, note=text, run_id=None)
     context.finish_model(entry, model_id)
 
@@ -69,7 +68,7 @@ def write_adapter(context: ViewContext, entry: Entry) -> None:
         f"LoRA adapter of rank {body.rank}, trained for {body.num_steps} steps on {body.num_examples} rows of "
         f"{sum(credit.num_kept > 0 for credit in credits)} contributors; last loss {body.final_loss_micro / MICRO:.4f}."
     )
-    text = note(summary, entry, credits, digest=digest)
+    text = context.note(summary, entry, credits, digest=digest)
     steps = _training_metrics(context, body)
     start_us = min((metric.timestamp * 1000 for metric in steps), default=record.time_us)
     params = {
@@ -120,7 +119,7 @@ def write_benchmark(context: ViewContext, entry: Entry) -> None:
         for metric in body.metrics
     ]
     summary = f"Base against adapter on {body.num_items} held-out items.\n\n" + "\n".join(lines)
-    text = note(summary, entry, context.credits(entry), digest=body.adapter)
+    text = context.note(summary, entry, context.credits(entry), digest=body.adapter)
     run_id = context.run(entry, name=f"benchmark {body.name}", start_us=record.time_us, digest=body.adapter, note=text)
     context.server.log_params(
         run_id,
@@ -159,7 +158,9 @@ def write_publication(context: ViewContext, entry: Entry) -> None:
     client = context.server.client
     name = registered_name(body.name)
     version = context.cursor.get(entry.leaf_hash, "version") or context.server.find_version(name, entry.leaf_hash)
-    text = note(f"Published as **{body.name}@{body.version}**.", entry, context.credits(entry), digest=body.digest)
+    text = context.note(
+        f"Published as **{body.name}@{body.version}**.", entry, context.credits(entry), digest=body.digest
+    )
     if version is None:
         tags = {TAG_NOTE: "Published by Trailmark; see each version."}
         create_once(lambda: client.create_registered_model(name, tags=tags))

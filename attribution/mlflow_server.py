@@ -103,10 +103,12 @@ class MlflowServer:
         self.client = MlflowClient(uri, uri)
         self.traces = TracingClient(uri)
         self.experiment_id = ""
+        self.has_pages = False
 
     def connect(self, log_key: str) -> str:
         """Find or make the experiment and return the identity of this server's copy of it (new when it was emptied)."""
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
+        self.has_pages = self._serves_pages()
         if experiment is None:
             identity = secrets.token_hex(16)
             tags = {"trailmark.view": identity, "trailmark.log": log_key, "mlflow.experimentKind": "genai_development"}
@@ -120,6 +122,15 @@ class MlflowServer:
                 "give this home a MLflow server of its own (setting mlflow.port)"
             )
         return str(experiment.tags.get("trailmark.view", ""))
+
+    def _serves_pages(self) -> bool:
+        """Whether the server was started with `--app-name trailmark`."""
+        import httpx
+
+        try:
+            return httpx.get(f"{self.uri}/trailmark/", timeout=30).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def find_run(self, leaf: str) -> "Run | None":
         """Return the run of a record."""

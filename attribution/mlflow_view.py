@@ -11,7 +11,7 @@ from pathlib import Path
 
 from attribution.lineage import Lineage
 from attribution.mlflow_context import ViewContext
-from attribution.mlflow_cursor import Aside, Cursor
+from attribution.mlflow_cursor import CURSOR_FILE, Aside, Cursor
 from attribution.mlflow_datasets import write_dataset
 from attribution.mlflow_notes import EXPERIMENT_NOTE, VIEW_TAG, provenance_view
 from attribution.mlflow_prompts import write_prompt
@@ -31,7 +31,6 @@ from attribution.trail import Entry, Trail
 
 logger = logging.getLogger(__name__)
 
-CURSOR_FILE = Path("views") / "mlflow.sqlite"
 NUM_TRIES = 3  # of a record that MLflow refuses, before it is set aside
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 WRITERS: dict[str, Callable[[ViewContext, Entry], None]] = {
@@ -133,6 +132,7 @@ class MlflowView:
             server = self._context.server if self._context is not None else MlflowServer(self.uri)
             self.cursor.bind(server.connect(str(self.trail.log.key)))
             if self._context is None:
+                self.cursor.experiment = server.experiment_id
                 server.client.set_experiment_tag(server.experiment_id, TAG_NOTE, EXPERIMENT_NOTE)
                 server.client.set_experiment_tag(server.experiment_id, VIEW_TAG, provenance_view())
                 lineage = Lineage(self.trail)

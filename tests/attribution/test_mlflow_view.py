@@ -38,8 +38,8 @@ CATCH_UP_TIMEOUT_S = 240.0
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowProcess]:
-    process = MlflowProcess(tmp_path_factory.mktemp("server") / "data")
+def server(tmp_path_factory: pytest.TempPathFactory, log: ExampleLog) -> Iterator[MlflowProcess]:
+    process = MlflowProcess(tmp_path_factory.mktemp("server") / "data", home=log.trail.home)
     process.start()
     yield process
     process.stop()
