@@ -15,6 +15,7 @@ from attribution.mlflow_notes import escape
 from attribution.trail import Entry
 
 if TYPE_CHECKING:
+    import pyarrow
     from mlflow.entities import EvaluationDataset
 
 MAX_ROWS = 2000  # MLflow looks each row up by itself: 2000 take a few seconds
@@ -71,7 +72,7 @@ def row_tags(context: ViewContext, entry: Entry, rows: "list[dict[str, Any]]") -
 
 
 def shown_rows(context: ViewContext, entry: Entry) -> list[dict[str, Any]]:
-    """Return the first rows of a refined dataset as MLflow's records; none when the rows were erased.
+    """Return the first rows of a refined dataset as MLflow's records; none when they were erased or are no such table.
 
     MLflow takes two records with equal inputs for one, so the example's id is one of the inputs.
     """
@@ -79,8 +80,8 @@ def shown_rows(context: ViewContext, entry: Entry) -> list[dict[str, Any]]:
     store = context.trail.store
     if not store.has(entry.record.body.rows):
         return []
-    table = context.trail.get_table(entry.record.body.rows)
-    if not set(ROW_COLUMNS) <= set(table.column_names):
+    table = _rows_table(context, entry.record.body.rows)
+    if table is None:
         return []
     names = context.lineage.contributor_names()
     trail = context.trail
@@ -90,6 +91,16 @@ def shown_rows(context: ViewContext, entry: Entry) -> list[dict[str, Any]]:
         for row in table.select(ROW_COLUMNS).slice(0, MAX_ROWS).to_pylist()
         if row["dataset"] not in erased
     ]
+
+
+def _rows_table(context: ViewContext, digest: str) -> "pyarrow.Table | None":
+    import pyarrow
+
+    try:
+        table = context.trail.get_table(digest)
+    except pyarrow.ArrowInvalid:
+        return None
+    return table if set(ROW_COLUMNS) <= set(table.column_names) else None
 
 
 def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:

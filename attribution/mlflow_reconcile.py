@@ -9,7 +9,7 @@ from attribution.mlflow_context import MODEL_KINDS, ViewContext
 from attribution.mlflow_datasets import TAG_ROWS_DIGEST, row_tags, shown_rows, stored_digest
 from attribution.mlflow_prompts import TAG_TEXT, prompt_tags, registered, template_of, versions_of
 from attribution.mlflow_runs import registered_name
-from attribution.mlflow_server import TAG_LEAF
+from attribution.mlflow_server import TAG_LEAF, UNSHOWABLE
 from attribution.mlflow_traces import rows_of, trace_id_of
 from attribution.trail import Entry
 
@@ -74,7 +74,11 @@ def expected_entities(context: ViewContext) -> Iterator[Expected]:
             if entry.record.body.top and trace_id_of(entry.record.body.receipt_id) in traces:
                 yield Expected("assessment", entry.leaf_hash, entry.leaf_hash, {})
             continue
-        for expected in _expected_of(context, entry):
+        try:
+            wanted = list(_expected_of(context, entry))
+        except UNSHOWABLE:  # set aside when it was written; it stays missing
+            wanted = [Expected("trace", f"log entry {entry.index}", entry.leaf_hash, {})]
+        for expected in wanted:
             if expected.role == "trace":
                 traces.add(expected.key)
             yield expected

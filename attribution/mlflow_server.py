@@ -52,6 +52,10 @@ class ViewRefused(UserError):
     """The MLflow server understood a request and said no."""
 
 
+# MLflow said no, or a record's tables are damaged: the record is set aside, for it must not stop those after it.
+UNSHOWABLE = (UserError, ValueError, LookupError, TypeError)
+
+
 def create_once(create: Callable[[], object]) -> None:
     """Create something by name; that it is there already is no error."""
     from mlflow.exceptions import MlflowException

@@ -24,7 +24,7 @@ from attribution.mlflow_runs import (
     write_publication,
     write_refinement,
 )
-from attribution.mlflow_server import TAG_NOTE, MlflowServer, ViewRefused, ViewUnavailable, translated_errors
+from attribution.mlflow_server import TAG_NOTE, UNSHOWABLE, MlflowServer, ViewUnavailable, translated_errors
 from attribution.mlflow_traces import write_completions, write_influence
 from attribution.pages.show import LineagePages
 from attribution.trail import Entry, Trail
@@ -154,7 +154,9 @@ class MlflowView:
             try:
                 with translated_errors(self.uri):
                     writer(context, entry)
-            except ViewRefused as error:
+            except ViewUnavailable:
+                raise
+            except UNSHOWABLE as error:
                 self.cursor.forget(entry.leaf_hash)  # perhaps a user deleted the run: look again by tag
                 refusal = str(error)
             else:
