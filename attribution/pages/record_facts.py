@@ -78,8 +78,8 @@ def mlflow_links(trail: Trail, entry: Entry) -> list[Link]:
         "run": f"{place}/runs/{known['run']}",
         "model": f"{place}/models/{known['model']}",
         "version": f"/models/{version.rpartition('/')[0]}/versions/{version.rpartition('/')[2]}",
-        "dataset": f"{place}/datasets",
-        "prompt": f"/prompts/{prompt.rpartition('/')[0]}",
+        "dataset": f"{place}/datasets/{known['dataset']}",
+        "prompt": f"{place}/prompts/{prompt.rpartition('/')[0]}",
     }
     titles = {"run": "Run", "model": "Model", "version": "Registered version", "dataset": "Rows", "prompt": "Prompt"}
     return [

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from attribution.lineage import Lineage, record_bundle
 from attribution.pages.record_facts import record_view, words
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent
 PAGE_SIZE = 50
+PATHS = {
+    "search": "/",
+    "record": "/record/{reference}",
+    "page": "/record/{reference}/lineage.html",
+    "proof": "/record/{reference}/record.json",
+    "diff": "/diff",
+}
 SANDBOX = "sandbox allow-scripts"
 
 
@@ -56,13 +64,7 @@ class Site:
         from starlette.applications import Starlette
         from starlette.routing import Route
 
-        routes = [
-            Route("/", self.search, name="search"),
-            Route("/record/{reference}", self.record, name="record"),
-            Route("/record/{reference}/lineage.html", self.page, name="page"),
-            Route("/record/{reference}/record.json", self.proof, name="proof"),
-            Route("/diff", self.diff, name="diff"),
-        ]
+        routes = [Route(path, getattr(self, name)) for name, path in PATHS.items()]
         return Starlette(routes=routes, exception_handlers={UserError: self.refused})
 
     def search(self, request: "Request") -> "Response":
@@ -118,11 +120,13 @@ class Site:
     def _render(self, template: str, request: "Request", *, status: int = 200, **values: Any) -> "Response":
         from starlette.responses import HTMLResponse
 
-        def link(name: str, **parts: str) -> str:
-            return str(request.url_for(name, **parts).path)
+        mount = request.scope.get("root_path", "")
 
-        root = request.scope.get("root_path", "").rpartition("/trailmark")[0] + "/"
-        text = self._templates.get_template(template).render(**values, link=link, style=self._style, mlflow=root)
+        def link(name: str, *, reference: str = "") -> str:
+            return mount + PATHS[name].replace("{reference}", quote(reference, safe="@:"))
+
+        mlflow = mount.rpartition("/")[0] + "/"
+        text = self._templates.get_template(template).render(**values, link=link, style=self._style, mlflow=mlflow)
         return HTMLResponse(text, status_code=status, headers={"Content-Security-Policy": self._policy})
 
     @cached_property
