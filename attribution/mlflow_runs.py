@@ -8,6 +8,7 @@ from attribution.mlflow_context import PAGE_FILE, ViewContext, metrics_at
 from attribution.mlflow_datasets import write_rows
 from attribution.mlflow_server import TAG_NOTE, create_once
 from attribution.records import Artefact
+from attribution.store import StoreError
 from attribution.trail import Entry
 
 if TYPE_CHECKING:
@@ -199,9 +200,10 @@ def _training_metrics(context: ViewContext, body: AdapterBody) -> "Sequence[Metr
     import pyarrow.parquet
     from mlflow.entities import Metric
 
-    if not context.trail.store.has(body.trace):
+    try:
+        folder = context.trail.store.get_directory(body.trace, verify=False)
+    except StoreError:
         return []
-    folder = context.trail.store.get_directory(body.trace, verify=False)
     rows = pyarrow.parquet.read_table(folder / "steps.parquet", columns=["step", "lr", "loss", "time_us"]).to_pylist()
     return [
         Metric(key, row[column], row["time_us"] // 1000, row["step"])
