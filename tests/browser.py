@@ -21,7 +21,7 @@ FLAGS = (
     *("--remote-debugging-port=0", "--remote-allow-origins=*", "--force-color-profile=srgb"),
 )
 START_TIMEOUT_S, WAIT_TIMEOUT_S = 120.0, 120.0
-PAUSE_S = 0.05
+PAUSE_S, SETTLE_S = 0.05, 0.2
 
 PROGRAM = next((found for found in map(shutil.which, PROGRAMS) if found), None)
 needs_browser = pytest.mark.skipif(
@@ -90,12 +90,16 @@ class Browser:
         _wait(holds, timeout_s, script)
 
     def click(self, script: str) -> None:
-        """Click, with the mouse, the middle of the element that the expression yields, once it is there."""
+        """Click, with the mouse, the middle of the element that the expression yields, once it is there and still."""
         self.wait(script)
-        box = self.evaluate(
+        middle = (
             f"(() => {{ const element = {script}; element.scrollIntoView({{block: 'nearest'}});"
             " const box = element.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"
         )
+        box, before = self.evaluate(middle), None
+        while box != before:  # it may still be sliding in
+            time.sleep(SETTLE_S)
+            box, before = self.evaluate(middle), box
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 

@@ -165,7 +165,9 @@ function drawHeadings() {
     const counts = new Map();
     for (const slot of column) if (slot.node) counts.set(slot.node.kind, (counts.get(slot.node.kind) ?? 0) + 1);
     const words = [...counts].map(([kind, count]) => (count > 1 ? `${count} ${kindName(kind)}s`.replace("Completionss", "Completions") : kindName(kind)));
-    world.append(make("text", { class: "heading", x: index * (SIZE.width + SIZE.columnGap), y: top }, words.join(" · ")));
+    const text = words.join(" · ");
+    const room = (SIZE.width + SIZE.columnGap) * .86;  // the letters are spaced by a twentieth, and capitals
+    world.append(make("text", { class: "heading", x: index * (SIZE.width + SIZE.columnGap), y: top }, fit(text.toUpperCase(), room, "650 12.5px sans-serif"), make("title", {}, text)));
   });
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from tests.attribution.records_example import (
     explain,
     prompt,
 )
+from tests.browser import Browser, needs_browser
 
 QUESTIONS = {"Which lamp burns at Vellmoor?": "A green one.", "Who keeps Cape Ostrel?": "Ines Varga."}
 SHARES = {"Mira, lighthouses": (0.71, 0.56, 0.83), "Noor, lighthouses": (0.12, 0.02, 0.26)}
@@ -243,6 +245,30 @@ def test_completions_are_traces_of_the_model_that_answered(client: Any, experime
     assert {person["name"] for person in provenance.outputs["contributors"]} == set(PEOPLE)
     assert "- Mira, lighthouses: 30 of 30 rows kept" in provenance.outputs["summary"]
     assert "base model alone" in by_base[0].data.spans[-1].outputs["summary"]
+
+
+@needs_browser
+def test_mlflow_shows_provenance_and_the_page_that_proves_itself_in_its_frame(
+    view: MlflowView, server: MlflowProcess, log: ExampleLog, experiment_id: str
+) -> None:
+    """The format of custom views is MLflow's own and undocumented: a real browser says whether it still draws ours."""
+    place = f"{server.uri}/#/experiments/{experiment_id}"
+    shown = "[...document.querySelectorAll('button, div, span')].filter((e) => e.offsetParent)"
+    with Browser() as browser:
+        browser.call("Page.navigate", url=f"{place}/traces/{trace_id_of(log.receipt_ids[0])}")
+        browser.click(f"{shown}.filter((e) => e.innerText.trim() === 'Default view').at(-1)")
+        items = "[...document.querySelectorAll('[role^=menuitem], [role=option]')]"
+        browser.click(f"{items}.filter((e) => e.innerText.includes('Provenance'))[0]")
+        browser.wait("document.body.innerText.includes('Mira, lighthouses: 30 of 30 rows kept')")
+        assert log.receipt_ids[0] in browser.evaluate("document.body.innerText")
+        browser.call("Page.navigate", url="about:blank")
+        model_id = view.cursor.get(log.adapter.leaf_hash, "model")
+        browser.call("Page.navigate", url=f"{place}/models/{model_id}/artifacts")
+        browser.click(f"{shown}.filter((e) => e.innerText.trim() === 'lineage.html').at(-1)")
+        browser.wait("document.querySelector('iframe[sandbox=allow-scripts]')")
+        deadline = time.monotonic() + 60
+        while browser.in_frame("document.body.dataset.proof", "#proof") != "good":
+            assert time.monotonic() < deadline, browser.in_frame("document.body.innerText", "#proof")
 
 
 def test_influence_is_assessed_on_its_trace(client: Any, log: ExampleLog) -> None:
