@@ -18,6 +18,7 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars"),
+    "--disable-features=IsolateSandboxedIframes",  # a frame in a process of its own is not in its page's tree
     *("--remote-debugging-port=0", "--remote-allow-origins=*", "--force-color-profile=srgb"),
 )
 START_TIMEOUT_S, WAIT_TIMEOUT_S = 120.0, 120.0
@@ -102,10 +103,6 @@ class Browser:
             box, before = self.evaluate(middle), box
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
-
-    def frame_text(self, needle: str) -> str:
-        """Return the text of the frame, sandboxed ones included, that has the element `needle` (a CSS selector)."""
-        return str(self.in_frame("document.body.innerText", needle))
 
     def in_frame(self, script: str, needle: str) -> Any:
         """Return the value of an expression in whichever frame has the element `needle`, or None."""
