@@ -1,13 +1,13 @@
 """What the writers of the MLflow view share: the trail, the server, what stands for which record, and who made it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attribution.bodies import RefinementBody
 from attribution.lineage import Lineage, record_bundle
 from attribution.mlflow_cursor import Cursor
-from attribution.mlflow_notes import Credit, credits_json
+from attribution.mlflow_notes import Credit, credits_json, note
 from attribution.mlflow_server import (
     MAX_TAG_CHARS,
     TAG_CONTRIBUTORS,
@@ -24,9 +24,10 @@ from attribution.records import Artefact, Record
 from attribution.trail import Entry, Trail
 
 if TYPE_CHECKING:
-    from mlflow.entities import Dataset
+    from mlflow.entities import Dataset, Metric
 
 MODEL_KINDS = frozenset({"adapter", "base_model"})
+PAGE_FILE = "lineage.html"
 NOT_DATASETS = MODEL_KINDS | {"trace", "prompt", "config", "receipts", "workflow"}
 
 
@@ -59,6 +60,15 @@ class ViewContext:
         names = self.lineage.contributor_names()
         return [Credit(key_id, names.get(key_id, key_id[:12]), given[key_id], kept[key_id]) for key_id in given]
 
+    def note(self, summary: str, entry: Entry, credits: Sequence[Credit], *, digest: str | None) -> str:
+        """Return the description of a run, model or version."""
+        return note(summary, entry, credits, digest=digest, has_pages=self.server.has_pages)
+
+    def signer_name(self, entry: Entry) -> str:
+        """Return the name of who signed a contribution, or the start of their key id."""
+        key_id = next((party.key_id for party in _record(entry).contributors), "")
+        return self.lineage.contributor_names().get(key_id, key_id[:12] or "nobody named")
+
     def tags(self, entry: Entry, *, digest: str | None) -> dict[str, str]:
         """Return the tags that tie a run, model or version to its record; `reconcile` compares exactly these."""
         tags = {TAG_LEAF: entry.leaf_hash, TAG_INDEX: str(entry.index), TAG_KIND: entry.leaf.kind}
@@ -87,7 +97,7 @@ class ViewContext:
         """Store the run's lineage page, its resolved config and the record's proof, and end it at the record's time."""
         record = _record(entry)
         client = self.server.client
-        client.log_text(run_id, self.pages.page(entry.leaf_hash), "lineage.html")
+        client.log_text(run_id, self.pages.page(entry.leaf_hash), PAGE_FILE)
         client.log_dict(run_id, record_bundle(self.trail, entry.leaf_hash), "record.json")
         if record.config is not None and self.trail.store.has(record.config):
             config = self.trail.get_json(record.config)
@@ -120,7 +130,7 @@ class ViewContext:
     def finish_model(self, entry: Entry, model_id: str) -> None:
         """Store the model's lineage page, anew each time something is learned of it, and mark the model ready."""
         page = self.pages.page(entry.leaf_hash)
-        self.server.log_model_text(model_id, page, "lineage.html")
+        self.server.log_model_text(model_id, page, PAGE_FILE)
         self.server.client.finalize_logged_model(model_id, "READY")
 
     def model_id(self, leaf: str) -> str | None:
@@ -163,6 +173,23 @@ class ViewContext:
             artefact.name, input_digest(artefact.digest), "trailmark", json.dumps(source), profile=json.dumps(profile)
         )
         return data, tags
+
+
+def metrics_at(
+    values: "Mapping[str, float]",
+    time_us: int,
+    *,
+    step: int = 0,
+    model_id: str | None = None,
+    dataset: "Dataset | None" = None,
+) -> "list[Metric]":
+    """Return metrics of one moment; with a model they also stand on that model's page, beside the dataset."""
+    from mlflow.entities import Metric
+
+    place = {"dataset_name": dataset.name, "dataset_digest": dataset.digest} if dataset is not None else {}
+    return [
+        Metric(key, float(value), time_us // 1000, step, model_id=model_id, **place) for key, value in values.items()
+    ]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

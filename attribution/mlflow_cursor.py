@@ -8,6 +8,8 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
+CURSOR_FILE = Path("views") / "mlflow.sqlite"
+_EXPERIMENT = ("", "experiment")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS view (
     one INTEGER PRIMARY KEY CHECK (one = 1), server TEXT NOT NULL, next_index INTEGER NOT NULL
@@ -65,6 +67,15 @@ class Cursor:
     def put(self, leaf: str, role: str, mlflow_id: str) -> None:
         """Remember the MLflow id."""
         self._database.execute("INSERT OR REPLACE INTO entity VALUES (?, ?, ?)", (leaf, role, mlflow_id))
+
+    @property
+    def experiment(self) -> str | None:
+        """The id of the experiment that shows the log, None before the first sync."""
+        return self.get(*_EXPERIMENT)
+
+    @experiment.setter
+    def experiment(self, experiment_id: str) -> None:
+        self.put(*_EXPERIMENT, experiment_id)
 
     def forget(self, leaf: str) -> None:
         """Drop what is remembered of a record."""

@@ -47,8 +47,10 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", " ".join(text.split()))
 
 
-def note(summary: str, entry: Entry, credits: Sequence[Credit], *, digest: str | None) -> str:
+def note(summary: str, entry: Entry, credits: Sequence[Credit], *, digest: str | None, has_pages: bool = False) -> str:
     """Return the description of a record: a sentence, its contributors, its digests and how to check it.
+
+    has_pages: whether the server also serves our pages (attribution/mlflow_app.py), which are then linked.
 
     Lists, not tables: MLflow draws a table without lines or space between its columns.
     """
@@ -60,6 +62,8 @@ def note(summary: str, entry: Entry, credits: Sequence[Credit], *, digest: str |
         facts.append(f"- digest `{digest}`")
     parts.append("**Record**\n\n" + "\n".join(facts))
     short = entry.leaf_hash[:16]
+    if has_pages:
+        parts.append(f"[Record, graph and what came of it](trailmark/record/{entry.leaf_hash})")
     parts.append(
         "The whole graph is in `lineage.html` under Artifacts. Check the record without a network:\n\n"
         f"```sh\ntrailmark log proof {short} --out record.json\ntrailmark verify record.json\n```"

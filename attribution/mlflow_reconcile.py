@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, InfluenceBody, PublicationBody
-from attribution.mlflow_context import ViewContext
+from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, InfluenceBody, PromptBody, PublicationBody
+from attribution.mlflow_context import MODEL_KINDS, ViewContext
+from attribution.mlflow_datasets import TAG_ROWS_DIGEST, row_tags, shown_rows, stored_digest
+from attribution.mlflow_prompts import TAG_TEXT, prompt_tags, registered, template_of, versions_of
 from attribution.mlflow_runs import registered_name
-from attribution.mlflow_server import TAG_LEAF
+from attribution.mlflow_server import TAG_LEAF, UNSHOWABLE
 from attribution.mlflow_traces import rows_of, trace_id_of
 from attribution.trail import Entry
 
-Role = Literal["run", "model", "version", "trace", "assessment"]
+Role = Literal["run", "model", "version", "dataset", "prompt", "trace", "assessment"]
 Entities = dict[str, tuple[str, dict[str, str]]]
 """Key of an entity among those of its role -> its MLflow id and tags."""
 
@@ -37,6 +39,11 @@ class Difference:
     detail: str
     tags: dict[str, str] = field(default_factory=dict)
 
+    def clear(self, context: ViewContext) -> None:
+        """Remove an altered dataset of rows, so that it is written anew: MLflow only ever adds to its records."""
+        if self.problem == "altered" and self.role == "dataset":
+            context.server.client.delete_dataset(self.mlflow_id)
+
     def mend(self, context: ViewContext) -> None:
         """Set altered tags back to what the record says."""
         if self.problem != "altered":
@@ -51,6 +58,10 @@ class Difference:
             name, _, version = self.mlflow_id.rpartition("/")
             for key, value in self.tags.items():
                 client.set_model_version_tag(name, version, key, value)
+        elif self.role == "prompt":
+            name, _, version = self.mlflow_id.rpartition("/")
+            for key, value in self.tags.items():
+                client.set_prompt_version_tag(name, version, key, value)
 
 
 def expected_entities(context: ViewContext) -> Iterator[Expected]:
@@ -63,7 +74,11 @@ def expected_entities(context: ViewContext) -> Iterator[Expected]:
             if entry.record.body.top and trace_id_of(entry.record.body.receipt_id) in traces:
                 yield Expected("assessment", entry.leaf_hash, entry.leaf_hash, {})
             continue
-        for expected in _expected_of(context, entry):
+        try:
+            wanted = list(_expected_of(context, entry))
+        except UNSHOWABLE:  # set aside when it was written; it stays missing
+            wanted = [Expected("trace", f"log entry {entry.index}", entry.leaf_hash, {})]
+        for expected in wanted:
             if expected.role == "trace":
                 traces.add(expected.key)
             yield expected
@@ -76,6 +91,8 @@ def differences(context: ViewContext) -> list[Difference]:
         "run": _runs(context),
         "model": _models(context),
         "version": _versions(context),
+        "dataset": _row_datasets(context),
+        "prompt": _prompts(context),
         "trace": traces,
         "assessment": assessments,
     }
@@ -102,12 +119,16 @@ def _expected_of(context: ViewContext, entry: Entry) -> Iterator[Expected]:
     assert entry.record is not None
     record, body, leaf = entry.record, entry.record.body, entry.leaf_hash
     kind = entry.leaf.kind
-    if kind in ("refinement", "adapter", "base_model"):
+    if kind in ("dataset", "refinement", "adapter", "base_model"):
         tags = context.tags(entry, digest=record.outputs[0].digest)
         if kind != "base_model":
             yield Expected("run", leaf, leaf, tags)
-        if kind != "refinement":
+        if kind in MODEL_KINDS:
             yield Expected("model", leaf, leaf, tags)
+        if kind == "refinement":
+            yield Expected("dataset", leaf, leaf, row_tags(context, entry, shown_rows(context, entry)))
+    elif isinstance(body, PromptBody):
+        yield Expected("prompt", leaf, leaf, {**prompt_tags(context, entry), TAG_TEXT: template_of(context, entry)})
     elif isinstance(body, BenchmarkBody):
         yield Expected("run", leaf, leaf, context.tags(entry, digest=body.adapter))
     elif isinstance(body, PublicationBody):
@@ -149,6 +170,28 @@ def _versions(context: ViewContext) -> Entities:
             dict(version.tags),
         )
         for version in versions
+    }
+
+
+def _row_datasets(context: ViewContext) -> Entities:
+    """The datasets of rows; what their records say now stands in place of the tag that says what was written."""
+    return {
+        dataset.tags.get(TAG_LEAF, f"dataset {dataset.dataset_id}"): (
+            dataset.dataset_id,
+            {**dataset.tags, TAG_ROWS_DIGEST: stored_digest(context, dataset)},
+        )
+        for dataset in context.server.row_datasets()
+    }
+
+
+def _prompts(context: ViewContext) -> Entities:
+    return {
+        version.tags.get(TAG_LEAF, f"prompt {name}/{version.version}"): (
+            f"{name}/{version.version}",
+            {**version.tags, TAG_TEXT: version.template},
+        )
+        for name in registered(context)
+        for version in versions_of(context, name)
     }
 
 

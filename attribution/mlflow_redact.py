@@ -2,12 +2,14 @@
 
 from attribution.bodies import RedactionBody
 from attribution.mlflow_context import ViewContext
+from attribution.mlflow_datasets import write_rows
+from attribution.mlflow_prompts import delete_version
 from attribution.mlflow_server import TAG_LEAF
 from attribution.trail import Entry
 
 
 def write_redaction(context: ViewContext, entry: Entry) -> None:
-    """Delete the run, model and traces of the erased record. MLflow keeps deleted runs until `mlflow gc`."""
+    """Delete what shows the erased record, rows included. MLflow keeps deleted runs until `mlflow gc`."""
     assert entry.record is not None and isinstance(entry.record.body, RedactionBody)
     leaf = entry.record.body.leaf
     server = context.server
@@ -17,9 +19,27 @@ def write_redaction(context: ViewContext, entry: Entry) -> None:
     model = server.find_model(leaf)
     if model is not None:
         server.client.delete_logged_model(model.model_id)
-    if context.trail.entry(leaf).leaf.kind == "completions":
+    kind = context.trail.entry(leaf).leaf.kind
+    if kind == "prompt":
+        delete_version(context, leaf)
+    if kind in ("dataset", "refinement"):
+        for refinement in {leaf, *(entry.leaf_hash for entry in context.lineage.descendants(leaf))}:
+            _renew_rows(context, refinement)
+    if kind == "completions":
         doomed = [info.trace_id for info in server.trace_infos() if info.trace_metadata.get(TAG_LEAF) == leaf]
         if doomed:
             server.client.delete_traces(server.experiment_id, trace_ids=doomed)
     context.cursor.forget(leaf)
     context.pages.forget(leaf)
+
+
+def _renew_rows(context: ViewContext, leaf: str) -> None:
+    """Write the rows of a refined dataset anew, for records of an evaluation dataset are only ever added to."""
+    rows = context.server.find_rows(leaf)
+    if rows is None:
+        return
+    context.server.client.delete_dataset(rows.dataset_id)
+    context.cursor.forget(leaf)
+    refinement = context.trail.entry(leaf)
+    if refinement.record is not None:
+        write_rows(context, refinement)

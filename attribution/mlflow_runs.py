@@ -1,18 +1,20 @@
 """Records of work as MLflow runs and models: refinement, base model, adapter, benchmark, publication."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, PublicationBody, RefinementBody
-from attribution.mlflow_context import ViewContext
-from attribution.mlflow_notes import note
-from attribution.mlflow_server import TAG_NOTE
+from attribution.mlflow_context import PAGE_FILE, ViewContext, metrics_at
+from attribution.mlflow_datasets import write_rows
+from attribution.mlflow_server import TAG_NOTE, create_once
 from attribution.records import Artefact
+from attribution.store import StoreError
 from attribution.trail import Entry
 
 if TYPE_CHECKING:
-    from mlflow.entities import Dataset, Metric
+    from mlflow.entities import Metric
 
+# MLflow keeps `latest` and `v3` for itself; `models:/NAME/latest` already means the newest version.
 ALIAS = "current"
 MICRO = 1e6
 
@@ -23,16 +25,17 @@ def write_refinement(context: ViewContext, entry: Entry) -> None:
     record, body = entry.record, entry.record.body
     refined = record.outputs[0]
     summary = f"Refined **{body.num_kept}** of {body.num_in} rows from {len(body.per_contributor)} contributors."
-    text = note(summary, entry, context.credits(entry), digest=refined.digest)
+    text = context.note(summary, entry, context.credits(entry), digest=refined.digest)
     run_id = context.run(entry, name=f"refine {body.name}", start_us=record.time_us, digest=refined.digest, note=text)
     context.server.log_params(run_id, {f"rule.{rule.name}": rule.params for rule in body.rules} | {"seed": record.seed})
     values = {"rows.in": body.num_in, "rows.kept": body.num_kept, "rows.dropped": body.num_in - body.num_kept}
     for dropped in body.dropped:
         key = f"rows.dropped.{dropped.rule}"
         values[key] = values.get(key, 0) + dropped.count
-    context.server.log_metrics(run_id, _metrics(values, record.time_us))
+    context.server.log_metrics(run_id, metrics_at(values, record.time_us))
     datasets = context.datasets(record, context="contributed")
     context.server.log_inputs(run_id, [*datasets, context.dataset(refined, context="refined")], [])
+    write_rows(context, entry)
     context.finish_run(entry, run_id)
 
 
@@ -51,7 +54,7 @@ def write_base_model(context: ViewContext, entry: Entry) -> None:
         "dtype": body.dtype,
         "num_parameters": body.num_parameters,
     }
-    text = note(summary, entry, [], digest=digest)
+    text = context.note(summary, entry, [], digest=digest)
     model_id = context.model(entry, name=body.name, model_type="base model", params=params, note=text, run_id=None)
     context.finish_model(entry, model_id)
 
@@ -66,7 +69,7 @@ def write_adapter(context: ViewContext, entry: Entry) -> None:
         f"LoRA adapter of rank {body.rank}, trained for {body.num_steps} steps on {body.num_examples} rows of "
         f"{sum(credit.num_kept > 0 for credit in credits)} contributors; last loss {body.final_loss_micro / MICRO:.4f}."
     )
-    text = note(summary, entry, credits, digest=digest)
+    text = context.note(summary, entry, credits, digest=digest)
     steps = _training_metrics(context, body)
     start_us = min((metric.timestamp * 1000 for metric in steps), default=record.time_us)
     params = {
@@ -90,13 +93,17 @@ def write_adapter(context: ViewContext, entry: Entry) -> None:
     model_id = context.model(entry, name=body.name, model_type="LoRA adapter", params=params, note=text, run_id=run_id)
     datasets = context.datasets(record, context="training")
     context.server.log_inputs(run_id, datasets, [base_id] if base_id else [])
-    last = _metrics(
+    last = metrics_at(
         final, record.time_us, step=body.num_steps, model_id=model_id, dataset=datasets[0][0] if datasets else None
     )
     context.server.log_metrics(run_id, [*steps, *last])
     context.server.log_output(run_id, model_id, step=body.num_steps)
     context.finish_model(entry, model_id)
     context.finish_run(entry, run_id)
+    maker = context.trail.find(body.dataset)
+    refined = None if maker is None else context.cursor.get(maker.leaf_hash, "run")
+    if maker is not None and refined is not None:
+        context.server.client.log_text(refined, context.pages.page(maker.leaf_hash), PAGE_FILE)  # it now has an adapter
 
 
 def write_benchmark(context: ViewContext, entry: Entry) -> None:
@@ -113,7 +120,7 @@ def write_benchmark(context: ViewContext, entry: Entry) -> None:
         for metric in body.metrics
     ]
     summary = f"Base against adapter on {body.num_items} held-out items.\n\n" + "\n".join(lines)
-    text = note(summary, entry, context.credits(entry), digest=body.adapter)
+    text = context.note(summary, entry, context.credits(entry), digest=body.adapter)
     run_id = context.run(entry, name=f"benchmark {body.name}", start_us=record.time_us, digest=body.adapter, note=text)
     context.server.log_params(
         run_id,
@@ -134,13 +141,16 @@ def write_benchmark(context: ViewContext, entry: Entry) -> None:
         changes = {"change": metric.delta_micro, "change_low": metric.low_micro, "change_high": metric.high_micro}
         of_adapter.update({f"{metric.metric}.{key}": micro / MICRO for key, micro in changes.items()})
     for values, model_id in ((of_base, base_id), (of_adapter, adapter_id)):
-        context.server.log_metrics(run_id, _metrics(values, record.time_us, model_id=model_id, dataset=data))
+        context.server.log_metrics(run_id, metrics_at(values, record.time_us, model_id=model_id, dataset=data))
     context.finish_run(entry, run_id)
     _renew_model_page(context, body.adapter)
 
 
 def write_publication(context: ViewContext, entry: Entry) -> None:
-    """A registered model version under the published name, with the alias `current`; only models have one."""
+    """A registered version under the published name, alias `current`, and `release-N` for NAME@N; only models have one.
+
+    MLflow counts versions by itself: when a name was also published for something else, its numbers are not ours.
+    """
     assert entry.record is not None and isinstance(entry.record.body, PublicationBody)
     body = entry.record.body
     model_id = context.model_of(body.digest)
@@ -149,9 +159,12 @@ def write_publication(context: ViewContext, entry: Entry) -> None:
     client = context.server.client
     name = registered_name(body.name)
     version = context.cursor.get(entry.leaf_hash, "version") or context.server.find_version(name, entry.leaf_hash)
-    text = note(f"Published as **{body.name}@{body.version}**.", entry, context.credits(entry), digest=body.digest)
+    text = context.note(
+        f"Published as **{body.name}@{body.version}**.", entry, context.credits(entry), digest=body.digest
+    )
     if version is None:
-        _register_name(context, name)
+        tags = {TAG_NOTE: "Published by Trailmark; see each version."}
+        create_once(lambda: client.create_registered_model(name, tags=tags))
         created = client.create_model_version(
             name,
             f"models:/{model_id}",
@@ -163,7 +176,8 @@ def write_publication(context: ViewContext, entry: Entry) -> None:
         )
         version = str(created.version)
     context.cursor.put(entry.leaf_hash, "version", f"{name}/{version}")
-    client.set_registered_model_alias(name, ALIAS, version.rpartition("/")[2])
+    for alias in (f"release-{body.version}", ALIAS):
+        client.set_registered_model_alias(name, alias, version.rpartition("/")[2])
     client.set_logged_model_tags(model_id, {"trailmark.published": f"{body.name}@{body.version}"})
     _renew_model_page(context, body.digest)
 
@@ -171,18 +185,6 @@ def write_publication(context: ViewContext, entry: Entry) -> None:
 def registered_name(published: str) -> str:
     """Return the registered model's name: MLflow allows no '/' in one."""
     return published.replace("/", ".")
-
-
-def _register_name(context: ViewContext, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        context.server.client.create_registered_model(
-            name, tags={TAG_NOTE: "Published by Trailmark; see each version."}
-        )
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _renew_model_page(context: ViewContext, digest: str) -> None:
@@ -193,31 +195,15 @@ def _renew_model_page(context: ViewContext, digest: str) -> None:
         context.finish_model(maker, model_id)
 
 
-def _metrics(
-    values: "Mapping[str, float]",
-    time_us: int,
-    *,
-    step: int = 0,
-    model_id: str | None = None,
-    dataset: "Dataset | None" = None,
-) -> "list[Metric]":
-    """Return metrics of one moment; with a model they also stand on that model's page, beside the dataset."""
-    from mlflow.entities import Metric
-
-    place = {"dataset_name": dataset.name, "dataset_digest": dataset.digest} if dataset is not None else {}
-    return [
-        Metric(key, float(value), time_us // 1000, step, model_id=model_id, **place) for key, value in values.items()
-    ]
-
-
 def _training_metrics(context: ViewContext, body: AdapterBody) -> "Sequence[Metric]":
     """Loss and learning rate of each step at the time it ran, from the training trace; none when the trace is gone."""
     import pyarrow.parquet
     from mlflow.entities import Metric
 
-    if not context.trail.store.has(body.trace):
+    try:
+        folder = context.trail.store.get_directory(body.trace, verify=False)
+    except StoreError:
         return []
-    folder = context.trail.store.get_directory(body.trace, verify=False)
     rows = pyarrow.parquet.read_table(folder / "steps.parquet", columns=["step", "lr", "loss", "time_us"]).to_pylist()
     return [
         Metric(key, row[column], row["time_us"] // 1000, row["step"])

@@ -8,6 +8,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from configs.env import set_variables
 from configs.errors import UserError
 
 if TYPE_CHECKING:
-    from mlflow.entities import Dataset, LoggedModel, Metric, Run
+    from mlflow.entities import Dataset, EvaluationDataset, LoggedModel, Metric, Run
     from mlflow.entities.span import Span
     from mlflow.entities.trace_info import TraceInfo
 
@@ -28,8 +29,9 @@ TAG_RECEIPT = "trailmark.receipt"
 # a batch 1000 metrics and 100 params.
 DATASET_DIGEST_CHARS = 32
 MAX_METRICS_PER_BATCH, MAX_PARAMS_PER_BATCH = 1000, 100
-MAX_TAG_CHARS, MAX_PARAM_CHARS = 8000, 6000
+MAX_TAG_CHARS, MAX_PARAM_CHARS = 5000, 6000  # a run's tag may have 8000, a dataset's 5000 (dbmodels/models.py)
 MAX_REASON_CHARS = 300
+MAX_TRACES_PER_CALL, NUM_CONNECTIONS = 50, 4
 _PAGE = 200
 # One quick retry per call: waiting for a server that is down is the follower's business.
 _VARIABLES = {
@@ -48,6 +50,21 @@ class ViewUnavailable(UserError):
 
 class ViewRefused(UserError):
     """The MLflow server understood a request and said no."""
+
+
+# MLflow said no, or a record's tables are damaged: the record is set aside, for it must not stop those after it.
+UNSHOWABLE = (UserError, ValueError, LookupError, TypeError)
+
+
+def create_once(create: Callable[[], object]) -> None:
+    """Create something by name; that it is there already is no error."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        create()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def input_digest(digest: str) -> str:
@@ -90,10 +107,12 @@ class MlflowServer:
         self.client = MlflowClient(uri, uri)
         self.traces = TracingClient(uri)
         self.experiment_id = ""
+        self.has_pages = False
 
     def connect(self, log_key: str) -> str:
         """Find or make the experiment and return the identity of this server's copy of it (new when it was emptied)."""
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
+        self.has_pages = self._serves_pages()
         if experiment is None:
             identity = secrets.token_hex(16)
             tags = {"trailmark.view": identity, "trailmark.log": log_key, "mlflow.experimentKind": "genai_development"}
@@ -107,6 +126,15 @@ class MlflowServer:
                 "give this home a MLflow server of its own (setting mlflow.port)"
             )
         return str(experiment.tags.get("trailmark.view", ""))
+
+    def _serves_pages(self) -> bool:
+        """Whether the server was started with `--app-name trailmark`."""
+        import httpx
+
+        try:
+            return httpx.get(f"{self.uri}/trailmark/", timeout=30).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def find_run(self, leaf: str) -> "Run | None":
         """Return the run of a record."""
@@ -125,6 +153,11 @@ class MlflowServer:
         versions = self.client.search_model_versions(f"name = '{name}'")
         return next((str(version.version) for version in versions if version.tags.get(TAG_LEAF) == leaf), None)
 
+    def find_rows(self, leaf: str) -> "EvaluationDataset | None":
+        """Return the dataset that lists a refinement's rows. No backticks: with them MLflow 3.17.2 finds none."""
+        found = self.client.search_datasets([self.experiment_id], f"tags.{TAG_LEAF} = '{leaf}'", max_results=1)
+        return found[0] if found else None
+
     def runs(self) -> "Iterator[Run]":
         """Yield every run that stands for a record."""
         yield from self._pages(
@@ -135,6 +168,12 @@ class MlflowServer:
         """Yield every LoggedModel of our experiment."""
         yield from self._pages(
             lambda token: self.client.search_logged_models([self.experiment_id], max_results=_PAGE, page_token=token)
+        )
+
+    def row_datasets(self) -> "Iterator[EvaluationDataset]":
+        """Yield every dataset of rows of our experiment."""
+        yield from self._pages(
+            lambda token: self.client.search_datasets([self.experiment_id], max_results=_PAGE, page_token=token)
         )
 
     def trace_infos(self) -> "Iterator[TraceInfo]":
@@ -182,10 +221,16 @@ class MlflowServer:
             path.write_text(text, encoding="utf-8")
             self.client.log_model_artifact(model_id, str(path))
 
-    def log_trace(self, info: "TraceInfo", spans: "Sequence[Span]") -> None:
-        """Write one whole trace under its own id, synchronously; writing it again merges into the same rows."""
-        self.traces.log_spans(self.experiment_id, list(spans))
-        self.traces.start_trace(info)
+    def log_traces(self, traces: "Sequence[tuple[TraceInfo, Sequence[Span]]]") -> None:
+        """Write whole traces under their own ids, synchronously; writing one again merges into the same rows.
+
+        The spans of many go in one request; each trace's header is a request of its own, several on their way at once.
+        """
+        for start in range(0, len(traces), MAX_TRACES_PER_CALL):
+            part = traces[start : start + MAX_TRACES_PER_CALL]
+            self.traces.log_spans(self.experiment_id, [span for _, spans in part for span in spans])
+            with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+                list(pool.map(self.traces.start_trace, [info for info, _ in part]))
 
     def wait(self, *, timeout_s: float) -> None:
         """Wait until /health answers; ViewUnavailable after `timeout_s`."""

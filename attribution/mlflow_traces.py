@@ -14,6 +14,7 @@ from attribution.mlflow_context import ViewContext
 from attribution.mlflow_notes import Credit, credit_list, escape
 from attribution.mlflow_server import TAG_CONTRIBUTORS, TAG_INDEX, TAG_LEAF, TAG_RECEIPT
 from attribution.receipts import ReceiptRow, completion_rows
+from attribution.registry import RegistryError
 from attribution.store import StoreError
 from attribution.trail import Entry
 
@@ -39,12 +40,15 @@ def write_completions(context: ViewContext, entry: Entry) -> None:
     """One trace per receipt of the batch."""
     assert entry.record is not None and isinstance(entry.record.body, CompletionsBody)
     credits: dict[str, list[Credit]] = {}
-    for row in rows_of(context, entry):
-        record = row.receipt["adapter_record"]
-        if record and record not in credits:
-            ranked = sorted(context.credits(context.trail.entry(record)), key=lambda credit: -credit.num_kept)
-            credits[record] = ranked[:NUM_CREDITS]
-        _write_trace(context, entry, row, credits.get(record or "", []))
+    rows = rows_of(context, entry)
+    for record in {row.receipt["adapter_record"] for row in rows if row.receipt["adapter_record"]}:
+        ranked = sorted(context.credits(context.trail.entry(record)), key=lambda credit: -credit.num_kept)
+        credits[record] = ranked[:NUM_CREDITS]
+    context.server.log_traces(
+        [_trace(context, entry, row, credits.get(row.receipt["adapter_record"] or "", [])) for row in rows]
+    )
+    for row in rows:
+        _link_prompt(context, row)
 
 
 def rows_of(context: ViewContext, entry: Entry) -> list[ReceiptRow]:
@@ -101,7 +105,26 @@ def _trace_info(context: ViewContext, trace_id: str) -> "TraceInfo | None":
         raise
 
 
-def _write_trace(context: ViewContext, entry: Entry, row: ReceiptRow, credits: list[Credit]) -> None:
+def _link_prompt(context: ViewContext, row: ReceiptRow) -> None:
+    """Link a trace to the version of the prompt that its receipt names, when the log has that prompt."""
+    reference = row.receipt["prompt_version"]
+    if not reference:
+        return
+    try:
+        digest = context.trail.registry.resolve(reference, kind="prompt").digest
+    except RegistryError:
+        return
+    maker = context.trail.find(digest)
+    known = None if maker is None else context.cursor.get(maker.leaf_hash, "prompt")
+    if known is not None:
+        name, _, version = known.rpartition("/")
+        client = context.server.client
+        client.link_prompt_versions_to_trace([client.get_prompt_version(name, version)], trace_id_of(row.receipt["id"]))
+
+
+def _trace(
+    context: ViewContext, entry: Entry, row: ReceiptRow, credits: list[Credit]
+) -> "tuple[TraceInfo, list[Span]]":
     from mlflow.entities.trace_info import TraceInfo
     from mlflow.entities.trace_location import TraceLocation
     from mlflow.entities.trace_state import TraceState
@@ -142,7 +165,7 @@ def _write_trace(context: ViewContext, entry: Entry, row: ReceiptRow, credits: l
             TAG_CONTRIBUTORS: ", ".join(credit.name for credit in credits),
         },
     )
-    context.server.log_trace(info, _spans(entry, receipt, trace_id, usage, credits, question, answer))
+    return info, _spans(entry, receipt, trace_id, usage, credits, question, answer)
 
 
 def _content(context: ViewContext, row: ReceiptRow) -> tuple[Any, Any]:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from attribution.lineage import Lineage
 from attribution.mlflow_context import ViewContext
-from attribution.mlflow_cursor import Aside, Cursor
+from attribution.mlflow_cursor import CURSOR_FILE, Aside, Cursor
+from attribution.mlflow_datasets import write_dataset
 from attribution.mlflow_notes import EXPERIMENT_NOTE, VIEW_TAG, provenance_view
+from attribution.mlflow_prompts import write_prompt
 from attribution.mlflow_reconcile import Difference, differences
 from attribution.mlflow_redact import write_redaction
 from attribution.mlflow_runs import (
@@ -22,22 +24,23 @@ from attribution.mlflow_runs import (
     write_publication,
     write_refinement,
 )
-from attribution.mlflow_server import TAG_NOTE, MlflowServer, ViewRefused, ViewUnavailable, translated_errors
+from attribution.mlflow_server import TAG_NOTE, UNSHOWABLE, MlflowServer, ViewUnavailable, translated_errors
 from attribution.mlflow_traces import write_completions, write_influence
 from attribution.pages.show import LineagePages
 from attribution.trail import Entry, Trail
 
 logger = logging.getLogger(__name__)
 
-CURSOR_FILE = Path("views") / "mlflow.sqlite"
 NUM_TRIES = 3  # of a record that MLflow refuses, before it is set aside
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 WRITERS: dict[str, Callable[[ViewContext, Entry], None]] = {
+    "dataset": write_dataset,
     "refinement": write_refinement,
     "base_model": write_base_model,
     "adapter": write_adapter,
     "benchmark": write_benchmark,
     "publication": write_publication,
+    "prompt": write_prompt,
     "completions": write_completions,
     "influence": write_influence,
     "redaction": write_redaction,
@@ -100,6 +103,9 @@ class MlflowView:
         if not repair:
             return found
         self._write_asides(context)
+        with translated_errors(self.uri):
+            for item in found:
+                item.clear(context)
         for leaf in dict.fromkeys(item.leaf for item in found if item.leaf and item.problem != "unknown"):
             self.cursor.forget(leaf)
             self._write(context, self.trail.entry(leaf))
@@ -126,6 +132,7 @@ class MlflowView:
             server = self._context.server if self._context is not None else MlflowServer(self.uri)
             self.cursor.bind(server.connect(str(self.trail.log.key)))
             if self._context is None:
+                self.cursor.experiment = server.experiment_id
                 server.client.set_experiment_tag(server.experiment_id, TAG_NOTE, EXPERIMENT_NOTE)
                 server.client.set_experiment_tag(server.experiment_id, VIEW_TAG, provenance_view())
                 lineage = Lineage(self.trail)
@@ -147,7 +154,9 @@ class MlflowView:
             try:
                 with translated_errors(self.uri):
                     writer(context, entry)
-            except ViewRefused as error:
+            except ViewUnavailable:
+                raise
+            except UNSHOWABLE as error:
                 self.cursor.forget(entry.leaf_hash)  # perhaps a user deleted the run: look again by tag
                 refusal = str(error)
             else:

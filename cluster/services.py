@@ -1,6 +1,7 @@
 """The MLflow server and the follower that fills it: processes of their own session, which outlive the command."""
 
 import http.client
+import importlib.metadata
 import subprocess
 import sys
 import urllib.error
@@ -14,6 +15,7 @@ from configs.schema import MlflowSettings
 
 MLFLOW_START_TIMEOUT_S = 180.0
 HEALTH_TIMEOUT_S = 5.0
+MLFLOW_APP_GROUP, MLFLOW_APP_NAME = "mlflow.app", "trailmark"
 MLFLOW_VARIABLES = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -31,11 +33,21 @@ def spawn_mlflow(home: Path, settings: MlflowSettings, environment: dict[str, st
     command = [
         *(sys.executable, "-P", "-m", "mlflow", "server"),
         *("--host", "127.0.0.1", "--port", str(settings.port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
         *("--serve-artifacts", "--artifacts-destination", artifacts.as_uri()),
+        *pages_arguments(),
     ]
     url = f"http://127.0.0.1:{settings.port}"
-    return spawn("mlflow", url, command, home=home, environment={**environment, **MLFLOW_VARIABLES})
+    variables = {
+        "TRAILMARK_HOME": str(home),  # the pages read the log of this home
+        "MLFLOW_BACKEND_STORE_URI": settings.store_uri or f"sqlite:///{folder / 'mlflow.db'}",  # may hold a password
+    }
+    return spawn("mlflow", url, command, home=home, environment={**environment, **MLFLOW_VARIABLES, **variables})
+
+
+def pages_arguments() -> tuple[str, ...]:
+    """Return what makes `mlflow server` serve our pages too; nothing where an older installation does not name them."""
+    named = importlib.metadata.entry_points(group=MLFLOW_APP_GROUP, name=MLFLOW_APP_NAME)
+    return ("--app-name", MLFLOW_APP_NAME) if named else ()
 
 
 def wait_for_mlflow(home: Path, part: Part) -> None:

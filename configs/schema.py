@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from configs.errors import UserError
@@ -144,6 +144,15 @@ class MlflowSettings(Section):
     """The MLflow server that shows the trail."""
 
     port: int = Field(8701, ge=1, le=65535)
+    store_uri: str = Field("", description="SQLAlchemy address of MLflow's database; empty: SQLite in the home folder")
+
+    @field_validator("store_uri")
+    @classmethod
+    def _names_its_driver(cls, value: str) -> str:
+        """MLflow's SQLAlchemy takes a bare `postgresql:` to mean psycopg 3, which is not installed."""
+        if value.startswith(("postgresql:", "postgres:")):
+            raise ValueError("name the driver: postgresql+psycopg2://USER@HOST/DATABASE (pip install psycopg2-binary)")
+        return value
 
 
 class WitnessSettings(Section):

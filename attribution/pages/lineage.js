@@ -16,12 +16,13 @@ const KINDS = {
   influence: ["Influence", "M12 4v16M4 12h16M6.5 6.5l11 11M17.5 6.5l-11 11"],
   prompt: ["Prompt", "M5 5h14v14H5V5Zm3 4l2.5 2.5L8 14m5 0h3"],
 };
+const MAX_OPEN = 60;
 const OTHER_ICON = "M6 3h9l4 4v14H6V3Zm8 0v5h5M9 13h7M9 17h7";
 const kindName = (kind) => KINDS[kind]?.[0] ?? kind.replaceAll("_", " ").replace(/^./, (letter) => letter.toUpperCase());
 const kindColour = (kind) => `var(--${["key", "prompt", "retrieval"].includes(kind) || !KINDS[kind] ? "other" : kind})`;
 
 function make(name, attributes = {}, ...children) {
-  const svg = ["svg", "g", "rect", "path", "text", "title", "defs", "marker"].includes(name);
+  const svg = ["svg", "g", "rect", "path", "circle", "text", "title", "defs", "marker"].includes(name);
   const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
     if (key === "kind") element.style.setProperty("--kind", kindColour(value));
@@ -46,9 +47,39 @@ svg.append(world);
 const canvas = document.getElementById("canvas");
 canvas.prepend(svg);
 
-const plan = layout(graph);
+// What is folded away: `before:ID` hides what leads only to ID, `after:ID` what comes only of it.
+const folded = new Set();
+let plan = null;
+let selected = null;
 const cards = new Map();
-const lines = [];
+let lines = [];
+
+function spread(start, next, side) {
+  const seen = new Set(start);
+  const queue = [...start];
+  while (queue.length) {
+    const at = queue.pop();
+    if (folded.has(`${side}:${at}`)) continue;
+    for (const other of next.get(at) ?? []) if (!seen.has(other)) { seen.add(other); queue.push(other); }
+  }
+  return seen;
+}
+
+const nextOf = (from, to) => {
+  const next = new Map();
+  for (const edge of graph.edges) next.set(edge[from], [...(next.get(edge[from]) ?? []), edge[to]]);
+  return next;
+};
+const childrenOf = nextOf("from", "to");
+const parentsOf = nextOf("to", "from");
+
+function visibleGraph() {
+  const ends = graph.nodes.map((node) => node.id);
+  const up = spread([graph.focus, ...ends.filter((id) => !childrenOf.has(id))], parentsOf, "before");
+  const down = spread([graph.focus, ...ends.filter((id) => !parentsOf.has(id))], childrenOf, "after");
+  const seen = (id) => id === graph.focus || (up.has(id) && down.has(id));
+  return { nodes: graph.nodes.filter((node) => seen(node.id)), edges: graph.edges.filter((edge) => seen(edge.from) && seen(edge.to)) };
+}
 
 function drawEdge({ edge, route }) {
   const points = [];
@@ -86,12 +117,37 @@ function drawNode(slot) {
     ...keptBar(node),
     make("title", {}, node.label));
   if (node.id === graph.focus) card.classList.add("focus");
+  if (!proofHolds(node.id)) card.append(make("rect", { class: "broken", width, height, rx: 10 }), make("text", { class: "cross", x: width - 20, y: 20 }, "\u2715"));
   card.addEventListener("mouseenter", () => trace(node.id));
   card.addEventListener("mouseleave", () => trace(null));
   card.addEventListener("click", () => select(node.id));
   card.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); select(node.id); } });
   cards.set(node.id, card);
   world.append(card);
+  drawFold(slot, "before", parentsOf, -2);
+  drawFold(slot, "after", childrenOf, width + 2);
+}
+
+// A handle on a card's side that folds away what lies there alone, and unfolds it.
+function drawFold({ node, x, y }, side, next, at) {
+  const others = (next.get(node.id) ?? []).filter((id) => byId.has(id));
+  if (!others.length) return;
+  const key = `${side}:${node.id}`;
+  const closed = folded.has(key);
+  const words = `${closed ? "Unfold" : "Fold away"} what ${side === "before" ? "this was made from" : "came of this"}`;
+  const handle = make("g", { class: closed ? "fold closed" : "fold", kind: node.kind, transform: `translate(${x + at},${y + SIZE.height / 2})`, tabindex: "0", role: "button", "aria-label": words, "aria-expanded": String(!closed) },
+    make("circle", { r: 8 }), make("path", { d: closed ? "M-4 0H4M0 -4V4" : "M-4 0H4" }), make("title", {}, words));
+  const toggle = (event) => { event.preventDefault(); event.stopPropagation(); setFolded(key, !closed); };
+  handle.addEventListener("click", toggle);
+  handle.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") toggle(event); });
+  world.append(handle);
+}
+
+function setFolded(key, closed) {
+  if (closed) folded.add(key);
+  else folded.delete(key);
+  draw();
+  fitView();
 }
 
 // A contributor's card carries its rows as a bar: what was kept, out of what was given.
@@ -109,24 +165,23 @@ function drawHeadings() {
     const counts = new Map();
     for (const slot of column) if (slot.node) counts.set(slot.node.kind, (counts.get(slot.node.kind) ?? 0) + 1);
     const words = [...counts].map(([kind, count]) => (count > 1 ? `${count} ${kindName(kind)}s`.replace("Completionss", "Completions") : kindName(kind)));
-    world.append(make("text", { class: "heading", x: index * (SIZE.width + SIZE.columnGap), y: top }, words.join(" · ")));
+    const text = words.join(" · ");
+    const room = (SIZE.width + SIZE.columnGap) * .86;  // the letters are spaced by a twentieth, and capitals
+    world.append(make("text", { class: "heading", x: index * (SIZE.width + SIZE.columnGap), y: top }, fit(text.toUpperCase(), room, "650 12.5px sans-serif"), make("title", {}, text)));
   });
 }
 
-function reach(id, from, to) {
+function reach(id, next) {
   const seen = new Set([id]);
   const queue = [id];
-  while (queue.length) {
-    const at = queue.pop();
-    for (const { edge } of lines) if (edge[from] === at && !seen.has(edge[to])) { seen.add(edge[to]); queue.push(edge[to]); }
-  }
+  while (queue.length) for (const other of next.get(queue.pop()) ?? []) if (!seen.has(other)) { seen.add(other); queue.push(other); }
   return seen;
 }
 
 function trace(id) {
   svg.classList.toggle("dim", id !== null);
-  const before = id === null ? new Set() : reach(id, "to", "from");
-  const after = id === null ? new Set() : reach(id, "from", "to");
+  const before = id === null ? new Set() : reach(id, parentsOf);
+  const after = id === null ? new Set() : reach(id, childrenOf);
   for (const [other, card] of cards) card.classList.toggle("on", before.has(other) || after.has(other));
   for (const { edge, line } of lines) {
     line.classList.toggle("on", (before.has(edge.from) && before.has(edge.to)) || (after.has(edge.from) && after.has(edge.to)));
@@ -134,6 +189,8 @@ function trace(id) {
 }
 
 function select(id) {
+  selected = id;
+  if (!cards.has(id)) { folded.clear(); draw(); }
   for (const [other, card] of cards) card.classList.toggle("selected", other === id);
   showPanel(byId.get(id));
 }
@@ -192,7 +249,7 @@ function listenToSearch() {
   let at = -1;
   query.addEventListener("input", () => {
     const words = query.value.toLowerCase().split(/\s+/).filter(Boolean);
-    hits = words.length ? plan.slots.map((slot) => slot.id).filter((id) => words.every((word) => texts.get(id).includes(word))) : [];
+    hits = words.length ? graph.nodes.map((node) => node.id).filter((id) => words.every((word) => texts.get(id).includes(word))) : [];
     at = -1;
     svg.classList.toggle("searching", words.length > 0);
     for (const [id, card] of cards) card.classList.toggle("hit", hits.includes(id));
@@ -202,16 +259,33 @@ function listenToSearch() {
     if (event.key !== "Enter" || !hits.length) return;
     at = (at + 1) % hits.length;
     found.textContent = `${at + 1} of ${hits.length}`;
-    centreOn(hits[at]);
     select(hits[at]);
+    centreOn(hits[at]);
   });
 }
 
-function start() {
+function draw() {
+  plan = layout(visibleGraph());
+  world.replaceChildren();
+  cards.clear();
+  lines = [];
   plan.routes.forEach(drawEdge);
   plan.slots.forEach(drawNode);
   drawHeadings();
-  const kinds = [...new Set(plan.slots.toSorted((a, b) => a.column - b.column).map((slot) => slot.node.kind))];
+  if (cards.has(selected)) cards.get(selected).classList.add("selected");
+}
+
+// A graph too wide to read opens with its oldest part folded away.
+function foldAtFirst() {
+  if (graph.nodes.length <= MAX_OPEN) return;
+  const crowded = graph.nodes.filter((node) => (parentsOf.get(node.id)?.length ?? 0) > MAX_OPEN / 4 && node.id !== graph.focus);
+  for (const node of crowded) folded.add(`before:${node.id}`);
+}
+
+function start() {
+  foldAtFirst();
+  draw();
+  const kinds = [...new Set(graph.nodes.map((node) => node.kind))].toSorted((a, b) => (STAGE[a] ?? 0) - (STAGE[b] ?? 0));
   document.getElementById("legend").append(...kinds.map((kind) => make("span", { kind }, make("i"), kindName(kind))));
   const people = graph.nodes.filter((node) => node.kind === "contributor").length;
   const last = Math.max(...graph.nodes.map((node) => node.time_us));
@@ -221,6 +295,7 @@ function start() {
   listenToView();
   listenToSearch();
   fitView();
+  listenToProof();
 }
 
 start();

@@ -1,4 +1,4 @@
-"""One self-contained page that shows where a record comes from.
+"""One self-contained page that shows where a record comes from, and proves it.
 
 The page holds its graph, its style and its script; it loads nothing. Its content security policy names the digest of
 that one style and that one script, so a browser refuses any other code, even if a name got past the escaping.
@@ -15,22 +15,21 @@ from string import Template
 from typing import Any
 
 _FOLDER = Path(__file__).parent
-_SCRIPTS = ("lineage_layout.js", "lineage_panel.js", "lineage.js")
+_SCRIPTS = (
+    *("hashes.js", "ed25519.js", "proof.js", "proof_panel.js"),
+    *("lineage_layout.js", "lineage_panel.js", "lineage.js"),
+)
 # A page with thousands of cards is no picture: beyond this many of one kind, the rest become one card that counts them.
 MAX_CARDS_PER_KIND = 40
 
 Graph = Mapping[str, Any]
 
 
-def lineage_html(graph: Graph, *, focus: str, title: str, names: Mapping[str, str] | None = None) -> str:
-    """Return the page for `graph` ({"nodes": [...], "edges": [...]}, see `attribution.lineage`).
+def lineage_html(graph: Graph, proofs: Mapping[str, Any], *, focus: str, title: str, names: Mapping[str, str]) -> str:
+    """Return the page for a `graph` of `page_graph` and its proofs (see `attribution.pages.proofs`).
 
     focus: id of the node the page is about, selected when it opens. names: key id -> contributor name.
-    Raises ValueError when `focus` is not a node of the graph.
     """
-    if all(node["id"] != focus for node in graph["nodes"]):
-        raise ValueError(f"focus={focus!r} is not a node of the graph; give the leaf hash of one of its records")
-    shown = fold_crowds(with_row_counts(graph), focus=focus)
     style = (_FOLDER / "lineage.css").read_text(encoding="utf-8")
     script = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     page = Template((_FOLDER / "lineage.html").read_text(encoding="utf-8"))
@@ -39,8 +38,18 @@ def lineage_html(graph: Graph, *, focus: str, title: str, names: Mapping[str, st
         title=html.escape(title),
         style=style,
         script=script,
-        graph=script_json({**shown, "focus": focus, "names": dict(names or {})}),
+        graph=script_json({**graph, "proofs": proofs, "focus": focus, "names": dict(names)}),
     )
+
+
+def page_graph(graph: Graph, *, focus: str) -> dict[str, list[dict[str, Any]]]:
+    """Return {"nodes": [...], "edges": [...]} (see `attribution.lineage`) for a page: rows counted, crowds folded.
+
+    Raises ValueError when `focus` is not a node of the graph.
+    """
+    if all(node["id"] != focus for node in graph["nodes"]):
+        raise ValueError(f"focus={focus!r} is not a node of the graph; give the leaf hash of one of its records")
+    return fold_crowds(with_row_counts(graph), focus=focus)
 
 
 def script_json(value: Any) -> str:

@@ -120,7 +120,7 @@ function contributorList(people) {
 // Rows of the refinements among a record's ancestors, summed per contributor.
 function rowsBehind(id) {
   const sums = new Map();
-  for (const ancestor of reach(id, "to", "from")) {
+  for (const ancestor of reach(id, parentsOf)) {
     for (const row of byId.get(ancestor).facts?.per_contributor ?? []) {
       const sum = sums.get(row.key_id) ?? { key_id: row.key_id, num_in: 0, num_kept: 0 };
       sums.set(row.key_id, { ...sum, num_in: sum.num_in + row.num_in, num_kept: sum.num_kept + row.num_kept });
@@ -144,6 +144,26 @@ function details(node) {
   return parts;
 }
 
+// The signed record itself: what ran, on what, and who signed.
+function recordParts(id) {
+  const proof = graph.proofs.records[id];
+  const parts = section("Record in the log", make("code", { class: "block" }, id));
+  if (proof?.envelope) {
+    try {
+      const { subject, predicate } = statementOf(proof.envelope);
+      const digests = (items) => items.map((item) => `${item.kind} ${item.name} ${short(item.digest)}`);
+      const signers = proof.envelope.signatures.map(({ keyid }) => (graph.proofs.trust.keys[keyid] ? "operator of this log" : nameOf(keyid)));
+      const outputs = subject.map((item) => ({ kind: item.annotations.kind, name: item.name, digest: item.digest.sha256 }));
+      const { code, environment, config, seed, attempt } = predicate;
+      const facts = { log_entry: proof.index, signed_by: signers, inputs: digests(predicate.inputs), outputs: digests(outputs), code: `${code.commit.slice(0, 12) || "unknown commit"}${code.dirty ? ", with local changes" : ""}, version ${code.version}`, environment: short(environment), config: config ? short(config) : null, seed, attempt };
+      parts.splice(1, 0, factList(facts));
+    } catch (error) {
+      parts.push(make("p", { class: "note" }, `The record cannot be read: ${error.message}`));
+    }
+  }
+  return [...parts, make("p", { class: "note" }, "Show it from the log: "), make("code", { class: "block" }, `trailmark lineage show ${id.slice(0, 16)}`)];
+}
+
 function showPanel(node) {
   const panel = document.getElementById("panel");
   document.body.classList.remove("closed");
@@ -156,7 +176,7 @@ function showPanel(node) {
   parts.push(...section("Facts", factList(node.facts ?? {})));
   if (from.length) parts.push(...section("Comes from", make("div", { class: "links" }, ...from)));
   if (to.length) parts.push(...section("Leads to", make("div", { class: "links" }, ...to)));
-  parts.push(...section("Record in the log", make("code", { class: "block" }, node.id), make("p", { class: "note" }, "Show it from the log: "), make("code", { class: "block" }, `trailmark lineage show ${node.id}`)));
+  parts.push(...section("Proof", ...proofParts(node.id)), ...recordParts(node.id));
   panel.replaceChildren(...parts);
   panel.scrollTop = 0;
 }

@@ -6,7 +6,8 @@ from attribution.lineage import Lineage
 from attribution.lineage_graph import LineageGraph
 from attribution.lineage_layout import LineageError
 from attribution.lineage_queries import LineageQueries
-from attribution.pages.lineage import lineage_html
+from attribution.pages.lineage import lineage_html, page_graph
+from attribution.pages.proofs import page_proofs
 from attribution.trail import Entry, Trail
 
 # What came of a record belongs on its page: how it was measured and named, and, of the many answers, the newest.
@@ -38,11 +39,11 @@ class LineagePages:
 
     def page(self, leaf_hash: str) -> str:
         """Return the self-contained page of a record's lineage."""
-        graph = self.neighbourhood(leaf_hash)
+        graph = page_graph(self.neighbourhood(leaf_hash), focus=leaf_hash)
         focus = next(node for node in graph["nodes"] if node["id"] == leaf_hash)
         title = f"Lineage of {focus['kind'].replace('_', ' ')} {focus['label']}"
         names = {**self._names, **self._lineage.contributor_names()}
-        return lineage_html(graph, focus=leaf_hash, title=title, names=names)
+        return lineage_html(graph, page_proofs(self._trail, graph["nodes"]), focus=leaf_hash, title=title, names=names)
 
     def neighbourhood(self, leaf_hash: str) -> dict[str, Any]:
         """Return the graph of a record, its ancestors and what came of it; of answers, which may be many, the newest.

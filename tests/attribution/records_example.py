@@ -1,6 +1,7 @@
 """A small log with every kind of record that the views show, written by `Trail.record`, with artefacts behind it."""
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from attribution.bodies import (
     Dropped,
     InfluenceBody,
     Metric,
+    PromptBody,
     PublicationBody,
     RefinementBody,
     RuleUse,
@@ -25,6 +27,7 @@ from attribution.bodies import (
 from attribution.keys import SigningKey
 from attribution.records import Artefact, Party
 from attribution.trail import Entry, Trail
+from pipelines.refine.table import REFINED
 
 START_US = 1_795_000_000_000_000
 SECOND_US = 1_000_000
@@ -150,6 +153,19 @@ def explain(log: ExampleLog, receipt_id: str, shares: dict[str, tuple[float, flo
     return entry
 
 
+def prompt(log: ExampleLog, name: str, text: str, *, by: str) -> Entry:
+    """Record a prompt template, signed by a contributor."""
+    template = log.trail.store.put_blob(text.encode())
+    return log.trail.record(
+        "prompt",
+        PromptBody(name, template),
+        outputs=[Artefact("prompt", name, template)],
+        contributors=[Party(log.keys[by].key_id, "contributor")],
+        signer=log.keys[by],
+        time_us=log.tick(),
+    )
+
+
 def digest_of(entry: Entry) -> str:
     """Return the digest of what a record made."""
     assert entry.record is not None
@@ -182,9 +198,31 @@ def _contribute(log: ExampleLog, name: str, num_rows: int) -> None:
     )
 
 
+def _kept_rows(log: ExampleLog) -> list[dict[str, Any]]:
+    rows = []
+    for (name, (_, kept)), dataset in zip(PEOPLE.items(), log.datasets, strict=True):
+        for line in range(kept):
+            question, answer = f"What does {name} say in line {line}?", f"Line {line} of {name}."
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            rows.append(
+                {
+                    "example_id": sha256(f"{name}/{line}".encode()).hexdigest(),
+                    "content_id": sha256(question.encode()).hexdigest(),
+                    "original_content_id": "",
+                    "contributor": log.keys[name].key_id,
+                    "licence": "CC-BY-4.0",
+                    "dataset": dataset.leaf_hash,
+                    "leaf_index": dataset.index,
+                    "line_number": line,
+                    "messages": turns,
+                }
+            )
+    return rows
+
+
 def _refine(log: ExampleLog) -> None:
     trail = log.trail
-    rows = trail.put_table(pyarrow.table({"example_id": ["a", "b"]}))
+    rows = trail.put_table(pyarrow.Table.from_pylist(_kept_rows(log), schema=REFINED))
     decisions = trail.put_table(pyarrow.table({"rule": ["exact_duplicate"], "keep": [False]}))
     per_contributor = tuple(ContributorRows(log.keys[name].key_id, *counts) for name, counts in PEOPLE.items())
     num_in, num_kept = (sum(counts[i] for counts in PEOPLE.values()) for i in (0, 1))

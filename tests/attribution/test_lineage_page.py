@@ -12,7 +12,8 @@ import pytest
 
 from attribution.lineage import Lineage
 from attribution.lineage_layout import LineageError
-from attribution.pages.lineage import fold_crowds, lineage_html, script_json, with_row_counts
+from attribution.pages.lineage import fold_crowds, lineage_html, page_graph, script_json, with_row_counts
+from attribution.pages.proofs import page_proofs
 from attribution.pages.show import LineagePages, find_entry
 from attribution.trail import Trail
 from tests.attribution.records_example import PEOPLE, ExampleLog, build_example_log, digest_of
@@ -96,8 +97,9 @@ def test_script_json_is_read_back_and_opens_no_tag(text: str) -> None:
 
 
 def test_title_is_escaped(log: ExampleLog) -> None:
-    graph = Lineage(log.trail).graph(log.adapter.leaf_hash)
-    page = lineage_html(graph, focus=log.adapter.leaf_hash, title="<img src=x onerror=alert(1)>")
+    graph = page_graph(Lineage(log.trail).graph(log.adapter.leaf_hash), focus=log.adapter.leaf_hash)
+    proofs = page_proofs(log.trail, graph["nodes"])
+    page = lineage_html(graph, proofs, focus=log.adapter.leaf_hash, title="<img src=x onerror=alert(1)>", names={})
     assert "<img" not in page and "&lt;img" in page
 
 
@@ -180,7 +182,7 @@ def test_a_crowd_is_folded_and_the_focus_stays() -> None:
 def test_unknown_focus_is_refused(log: ExampleLog) -> None:
     graph = LineagePages(log.trail).neighbourhood(log.adapter.leaf_hash)
     with pytest.raises(ValueError, match="focus='nothing' is not a node"):
-        lineage_html(graph, focus="nothing", title="x")
+        page_graph(graph, focus="nothing")
 
 
 def test_records_are_found_by_name_version_digest_and_leaf(log: ExampleLog) -> None:

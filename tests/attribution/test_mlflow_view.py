@@ -2,12 +2,16 @@
 
 import json
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from attribution.mlflow_datasets import TAG_ROWS
 from attribution.mlflow_notes import Credit, credits_json, escape, note
 from attribution.mlflow_server import TAG_CONTRIBUTORS, TAG_DIGEST, TAG_LEAF, TAG_NOTE, ViewUnavailable
 from attribution.mlflow_traces import ASSESSMENT, ASSESSMENT_SHARES, NOBODY, trace_id_of
@@ -23,17 +27,22 @@ from tests.attribution.records_example import (
     build_example_log,
     digest_of,
     explain,
+    prompt,
 )
+from tests.browser import Browser, needs_browser
 
 QUESTIONS = {"Which lamp burns at Vellmoor?": "A green one.", "Who keeps Cape Ostrel?": "Ines Varga."}
 SHARES = {"Mira, lighthouses": (0.71, 0.56, 0.83), "Noor, lighthouses": (0.12, 0.02, 0.26)}
+PROMPT_TEXTS = ("Answer as a keeper: {{question}}", "Answer as a keeper, in one line: {{question}}")
+# Contributions, refinement, base, adapter, benchmark, publication, two batches, two influences, two prompts.
+NUM_SHOWN = len(PEOPLE) + 11
 DEAD_URI = "http://127.0.0.1:9"  # the discard port: nothing listens
 CATCH_UP_TIMEOUT_S = 240.0
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowProcess]:
-    process = MlflowProcess(tmp_path_factory.mktemp("server") / "data")
+def server(tmp_path_factory: pytest.TempPathFactory, log: ExampleLog) -> Iterator[MlflowProcess]:
+    process = MlflowProcess(tmp_path_factory.mktemp("server") / "data", home=log.trail.home)
     process.start()
     yield process
     process.stop()
@@ -47,6 +56,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> ExampleLog:
     answer(example, {"Which lamp burns at Vellmoor?": "I do not know."}, adapter=False)
     explain(example, example.receipt_ids[0], SHARES)
     explain(example, example.receipt_ids[1], {"Mira, lighthouses": (0.0, 0.0, 0.3)})
+    for text in PROMPT_TEXTS:
+        prompt(example, "greeting", text, by="Mira, lighthouses")
     return example
 
 
@@ -54,7 +65,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> ExampleLog:
 def view(log: ExampleLog, server: MlflowProcess) -> Iterator[MlflowView]:
     """The view after its first sync."""
     opened = MlflowView(log.trail, server.uri)
-    assert opened.sync() == 9  # refinement, base, adapter, benchmark, publication, two batches, two influences
+    assert opened.sync() == NUM_SHOWN
     yield opened
     opened.close()
 
@@ -96,7 +107,13 @@ def counts(client: Any, experiment_id: str, log: ExampleLog) -> dict[str, int]:
         "loss": len(client.get_metric_history(train.info.run_id, "loss")),
         "inputs": len(train.inputs.dataset_inputs) + len(train.inputs.model_inputs),
         "outputs": len(train.outputs.model_outputs),
+        "rows": [dataset.profile for dataset in rows_of(client, experiment_id)],
+        "prompts": len(client.search_prompt_versions("greeting.prompt")),
     }
+
+
+def rows_of(client: Any, experiment_id: str) -> Any:
+    return client.search_datasets([experiment_id])
 
 
 def test_training_is_a_run_with_its_curve_inputs_and_output(client: Any, experiment_id: str, log: ExampleLog) -> None:
@@ -131,6 +148,46 @@ def test_refinement_lists_every_contribution(client: Any, experiment_id: str, lo
     assert run.data.metrics["rows.dropped.exact_duplicate"] == 24
 
 
+def test_a_contribution_is_a_run_of_whoever_gave_it(client: Any, experiment_id: str, log: ExampleLog) -> None:
+    hostile = list(PEOPLE).index("</script><script>alert('x')</script>")
+    run = run_of(client, experiment_id, log.datasets[hostile].leaf_hash)
+    assert run.data.params["contributor"] == list(PEOPLE)[hostile] and run.data.params["licence"] == "CC-BY-4.0"
+    assert "<script>" not in run.data.tags[TAG_NOTE] and "contributed 4 rows" in run.data.tags[TAG_NOTE]
+    (made,) = run.inputs.dataset_inputs
+    assert {tag.key: tag.value for tag in made.tags}[TAG_LEAF] == log.datasets[hostile].leaf_hash
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"lineage.html", "record.json"}
+
+
+def test_rows_of_a_refined_dataset_name_their_contributors(
+    view: MlflowView, client: Any, experiment_id: str, log: ExampleLog
+) -> None:
+    (dataset,) = rows_of(client, experiment_id)
+    num_kept = sum(kept for _, kept in PEOPLE.values())
+    assert dataset.tags[TAG_LEAF] == log.refinement.leaf_hash and dataset.tags[TAG_ROWS] == f"{num_kept} of {num_kept}"
+    assert view.trail.log.size > log.refinement.index
+    store = view._connect().server.traces.store
+    records, _ = store._load_dataset_records(dataset.dataset_id)
+    assert Counter(record.tags["contributor"] for record in records) == {
+        name: kept for name, (_, kept) in PEOPLE.items() if kept
+    }
+    mira = next(
+        record
+        for record in records
+        if record.inputs["messages"][0]["content"].endswith("Mira, lighthouses say in line 3?")
+    )
+    leaf = log.datasets[list(PEOPLE).index("Mira, lighthouses")].leaf_hash
+    assert mira.expectations == {"expected_response": "Line 3 of Mira, lighthouses."}
+    assert mira.tags["contribution"] == leaf and mira.source.source_data == {"doc_uri": f"trailmark:{leaf}#line=3"}
+
+
+def test_prompt_records_are_prompt_versions(client: Any, log: ExampleLog, experiment_id: str) -> None:
+    versions = client.search_prompt_versions("greeting.prompt")
+    assert {version.version: version.template for version in versions} == {1: PROMPT_TEXTS[0], 2: PROMPT_TEXTS[1]}
+    newest = client.get_prompt_version_by_alias("greeting.prompt", "current")
+    assert newest.version == 2 and newest.description.startswith("By Mira, lighthouses, log entry ")
+    assert [item.name for item in client.search_prompts(f'experiment_id = "{experiment_id}"')] == ["greeting.prompt"]
+
+
 def test_adapter_is_a_model_with_its_benchmark_page_and_note(
     client: Any, experiment_id: str, log: ExampleLog, tmp_path: Path
 ) -> None:
@@ -161,6 +218,7 @@ def test_benchmark_run_takes_both_models_and_puts_out_none(client: Any, experime
 
 def test_publication_is_a_version_with_alias(client: Any, experiment_id: str, log: ExampleLog) -> None:
     version = client.get_model_version_by_alias("facts", "current")
+    assert client.get_model_version_by_alias("facts", "release-1").version == version.version
     assert version.tags[TAG_LEAF] == log.publication.leaf_hash and version.tags["trailmark.version"] == "1"
     adapter = model_of(client, experiment_id, log.adapter.leaf_hash)
     assert version.source == f"models:/{adapter.model_id}" and version.run_id == adapter.source_run_id
@@ -189,6 +247,30 @@ def test_completions_are_traces_of_the_model_that_answered(client: Any, experime
     assert "base model alone" in by_base[0].data.spans[-1].outputs["summary"]
 
 
+@needs_browser
+def test_mlflow_shows_provenance_and_the_page_that_proves_itself_in_its_frame(
+    view: MlflowView, server: MlflowProcess, log: ExampleLog, experiment_id: str
+) -> None:
+    """The format of custom views is MLflow's own and undocumented: a real browser says whether it still draws ours."""
+    place = f"{server.uri}/#/experiments/{experiment_id}"
+    shown = "[...document.querySelectorAll('button, div, span')].filter((e) => e.offsetParent)"
+    with Browser() as browser:
+        browser.call("Page.navigate", url=f"{place}/traces/{trace_id_of(log.receipt_ids[0])}")
+        browser.click(f"{shown}.filter((e) => e.innerText.trim() === 'Default view').at(-1)")
+        items = "[...document.querySelectorAll('[role^=menuitem], [role=option]')]"
+        browser.click(f"{items}.filter((e) => e.innerText.includes('Provenance'))[0]")
+        browser.wait("document.body.innerText.includes('Mira, lighthouses: 30 of 30 rows kept')")
+        assert log.receipt_ids[0] in browser.evaluate("document.body.innerText")
+        browser.call("Page.navigate", url="about:blank")
+        model_id = view.cursor.get(log.adapter.leaf_hash, "model")
+        browser.call("Page.navigate", url=f"{place}/models/{model_id}/artifacts")
+        browser.click(f"{shown}.filter((e) => e.innerText.trim() === 'lineage.html').at(-1)")
+        browser.wait("document.querySelector('iframe[sandbox=allow-scripts]')")
+        deadline = time.monotonic() + 60
+        while browser.in_frame("document.body.dataset.proof", "#proof") != "good":
+            assert time.monotonic() < deadline, browser.in_frame("document.body.innerText", "#proof")
+
+
 def test_influence_is_assessed_on_its_trace(client: Any, log: ExampleLog) -> None:
     items = {item.name: item for item in client.get_trace(trace_id_of(log.receipt_ids[0])).info.assessments}
     assert items[ASSESSMENT].value == "Mira, lighthouses"
@@ -208,7 +290,7 @@ def test_a_second_sync_adds_nothing_even_without_its_cursor(
     before = counts(client, experiment_id, log)
     assert view.sync() == 0
     fresh = MlflowView(log.trail, server.uri, cursor_file=tmp_path / "lost.sqlite")
-    assert fresh.sync() == 9
+    assert fresh.sync() == NUM_SHOWN
     fresh.close()
     assert counts(client, experiment_id, log) == before
 
@@ -223,12 +305,20 @@ def test_what_was_altered_or_deleted_is_found_and_mended(
     client.delete_run(benchmark.info.run_id)
     client.delete_traces(experiment_id, trace_ids=[trace_id_of(log.receipt_ids[0])])
     stranger = client.create_run(experiment_id, run_name="not ours")
+    (rows,) = rows_of(client, experiment_id)
+    store = view._connect().server.traces.store
+    (record, *_), _ = store._load_dataset_records(rows.dataset_id)
+    forged = {"inputs": record.inputs, "tags": {"contributor": "Copycat"}}
+    store.upsert_dataset_records(rows.dataset_id, [forged])
+    client.set_prompt_version_tag("greeting.prompt", 1, "mlflow.prompt.text", "Answer as you like.")
     found = {(item.problem, item.role) for item in view.reconcile(repair=False)}
     assert found == {
         ("altered", "model"),
         ("missing", "run"),
         ("missing", "trace"),
         ("missing", "assessment"),
+        ("altered", "dataset"),
+        ("altered", "prompt"),
         ("unknown", "run"),
     }
     left = view.reconcile()
@@ -240,8 +330,6 @@ def test_what_was_altered_or_deleted_is_found_and_mended(
 def test_a_refused_record_is_set_aside_and_the_next_ones_go_on(
     view: MlflowView, client: Any, experiment_id: str, log: ExampleLog
 ) -> None:
-    from dataclasses import replace
-
     assert log.benchmark.record is not None
     body: Any = log.benchmark.record.body
     spoiled = replace(body, metrics=(replace(body.metrics[0], metric="100% right?"),))
@@ -251,6 +339,17 @@ def test_a_refused_record_is_set_aside_and_the_next_ones_go_on(
     assert view.sync() == 1
     assert [aside.log_index for aside in view.asides()] == [refused.index] and "100% right?" in view.asides()[0].error
     assert client.get_trace(trace_id_of(log.receipt_ids[-1])).info.trace_metadata[TAG_LEAF] == batch.leaf_hash
+
+
+def test_a_record_that_cannot_be_read_does_not_stop_the_next_ones(view: MlflowView, log: ExampleLog) -> None:
+    broken = log.trail.store.put_blob(b"no table")
+    assert log.completions[0].record is not None
+    body: Any = log.completions[0].record.body
+    damaged = log.trail.record("completions", replace(body, table=broken), parents=log.completions[0].leaf.parents)
+    batch = answer(log, {"Still there?": "Still here."})
+    assert view.sync() == 1
+    assert damaged.index in [aside.log_index for aside in view.asides()]
+    assert view.cursor.next_index == batch.index + 1
 
 
 def test_away_server_moves_nothing_and_an_emptied_one_is_refilled_by_the_follower(
@@ -285,7 +384,9 @@ def test_away_server_moves_nothing_and_an_emptied_one_is_refilled_by_the_followe
     refilled = MlflowView(log.trail, server.uri)
     assert refilled.sync() == 0
     differences = refilled.reconcile(repair=False)
-    assert all(item.leaf == log.trail.entry(refilled.asides()[0].log_index).leaf_hash for item in differences)
+    asides = {log.trail.entry(aside.log_index).leaf_hash for aside in refilled.asides()}
+    damaged = next(log.trail.entry(aside.log_index) for aside in refilled.asides() if "100%" not in aside.error)
+    assert len(asides) == 2 and [item.leaf for item in differences] == [damaged.leaf_hash]  # the other has its run
     refilled.close()
 
 

@@ -1,10 +1,13 @@
 """The processes beside Ray: when they count as alive, and that what they write is for this user alone."""
 
+import importlib
 import stat
 import threading
+import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -52,6 +55,15 @@ def test_status_notices_an_api_whose_application_is_gone(url: str, tmp_path: Pat
 def test_home_and_mlflow_are_made_for_this_user_alone(tmp_path: Path) -> None:
     folder = private_directory(tmp_path / "a" / "home", name="mlflow")
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)] == [0o700, 0o700]
+
+
+def test_the_pages_are_named_to_mlflow_by_an_entry_point_that_makes_an_application() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (value,) = [
+        value for name, value in project["entry-points"]["mlflow.app"].items() if name == services.MLFLOW_APP_NAME
+    ]
+    module, _, function = value.partition(":")
+    assert isinstance(getattr(importlib.import_module(module), function), FunctionType)  # MLflow calls functions alone
 
 
 @pytest.mark.slow

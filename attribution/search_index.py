@@ -1,0 +1,143 @@
+"""Find any record by words, names or digests in it: an SQLite view of the log, rebuilt from it when it is lost.
+
+A record's own text is indexed, not the tables it names, and not the prompts and answers behind a batch of completions.
+What was erased from the records leaves the index with the next look at the log.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+from attribution.bodies import RedactionBody
+from attribution.lineage import Lineage, label_of
+from attribution.records import to_plain
+from attribution.trail import Entry, Trail
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS record (
+    log_index INTEGER PRIMARY KEY, leaf TEXT NOT NULL, kind TEXT NOT NULL, time_us INTEGER NOT NULL, label TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS record_by_kind ON record (kind, log_index);
+CREATE VIRTUAL TABLE IF NOT EXISTS content USING fts5 (text, tokenize = 'trigram');
+CREATE TABLE IF NOT EXISTS cursor (one INTEGER PRIMARY KEY CHECK (one = 1), next_index INTEGER, last_leaf TEXT);
+"""
+TRIGRAM = 3  # shorter words are looked for in labels alone
+BUSY_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A record that a search found."""
+
+    log_index: int
+    leaf: str
+    kind: str
+    time_us: int
+    label: str
+
+
+class SearchIndex:
+    """HOME/views/search.sqlite; every call takes in what the log has gained."""
+
+    def __init__(self, trail: Trail, lineage: Lineage) -> None:
+        self._trail = trail
+        self._lineage = lineage
+        self._path = trail.home / "views" / "search.sqlite"
+
+    def find(self, words: str, *, kind: str = "", before: int | None = None, limit: int = 50) -> list[Hit]:
+        """Return the newest records before log index `before` that hold every word, newest first."""
+        conditions, values = _conditions(words.split(), kind)
+        if before is not None:
+            conditions, values = [*conditions, "log_index < ?"], [*values, before]
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        query = f"SELECT log_index, leaf, kind, time_us, label FROM record {where} ORDER BY log_index DESC LIMIT ?"
+        with self._caught_up() as database:
+            return [Hit(*row) for row in database.execute(query, (*values, limit))]
+
+    def counts(self, words: str) -> dict[str, int]:
+        """Return how many records of each kind hold every word, most first."""
+        conditions, values = _conditions(words.split(), "")
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        with self._caught_up() as database:
+            rows = database.execute(
+                f"SELECT kind, count(*) FROM record {where} GROUP BY kind ORDER BY 2 DESC, 1", values
+            )
+            return {str(kind): int(count) for kind, count in rows}
+
+    @contextmanager
+    def _caught_up(self) -> Iterator[sqlite3.Connection]:
+        self._path.parent.mkdir(mode=0o700, exist_ok=True)
+        with closing(sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as database:
+            database.execute("PRAGMA journal_mode=WAL")
+            database.executescript(SCHEMA)
+            self._trail.refresh()
+            if self._next_index(database) != self._trail.log.size:
+                self._take_in(database)
+            yield database
+
+    def _take_in(self, database: sqlite3.Connection) -> None:
+        database.execute("BEGIN IMMEDIATE")
+        names = self._lineage.contributor_names()
+        try:
+            for entry in self._trail.entries(start=self._next_index(database)):
+                _insert(database, entry, names)
+                if entry.record is not None and isinstance(entry.record.body, RedactionBody):
+                    erased = self._trail.entry(entry.record.body.leaf)
+                    for table, column in (("record", "log_index"), ("content", "rowid")):
+                        database.execute(f"DELETE FROM {table} WHERE {column} = ?", (erased.index,))
+                    _insert(database, erased, names)
+            size = self._trail.log.size
+            newest = self._trail.log.leaf_hash(size - 1)
+            database.execute("INSERT OR REPLACE INTO cursor VALUES (1, ?, ?)", (size, newest))
+            database.execute("COMMIT")
+        except BaseException:
+            database.execute("ROLLBACK")
+            raise
+
+    def _next_index(self, database: sqlite3.Connection) -> int:
+        """The first log index not taken in yet; 0, and empty tables, when the file belongs to another log."""
+        row = database.execute("SELECT next_index, last_leaf FROM cursor").fetchone()
+        if row is None:
+            return 0
+        log = self._trail.log
+        if row[0] <= log.size and log.leaf_hash(row[0] - 1) == row[1]:
+            return int(row[0])
+        for table in ("record", "content", "cursor"):
+            database.execute(f"DELETE FROM {table}")
+        return 0
+
+
+def _conditions(words: Sequence[str], kind: str) -> tuple[list[str], list[str | int]]:
+    conditions: list[str] = []
+    values: list[str | int] = []
+    for word in words:
+        if len(word) >= TRIGRAM:
+            conditions.append("log_index IN (SELECT rowid FROM content WHERE content MATCH ?)")
+            values.append('"' + word.replace('"', '""') + '"')
+        else:
+            conditions.append("instr(lower(label), lower(?)) > 0")
+            values.append(word)
+    if kind:
+        conditions.append("kind = ?")
+        values.append(kind)
+    return conditions, values
+
+
+def _insert(database: sqlite3.Connection, entry: Entry, names: Mapping[str, str]) -> None:
+    label = label_of(entry)
+    row = (entry.index, entry.leaf_hash, entry.leaf.kind, entry.leaf.time_us, label)
+    database.execute("INSERT OR REPLACE INTO record VALUES (?, ?, ?, ?, ?)", row)
+    text = f"{label} {entry.leaf.kind} {entry.leaf_hash} {_text(entry, names)}"
+    database.execute("INSERT OR REPLACE INTO content (rowid, text) VALUES (?, ?)", (entry.index, text))
+
+
+def _text(entry: Entry, names: Mapping[str, str]) -> str:
+    if entry.record is None:
+        return " ".join(subject.digest for subject in entry.leaf.subjects)
+    record = entry.record
+    artefacts = [f"{item.kind} {item.name} {item.digest}" for item in (*record.inputs, *record.outputs)]
+    people = [f"{party.key_id} {names.get(party.key_id, '')}" for party in record.contributors]
+    body = json.dumps(to_plain(record.body, record.kind), ensure_ascii=False)
+    return " ".join([body, *artefacts, *people])
