@@ -12,8 +12,13 @@ from attribution.bodies import (
     CompletionsBody,
     ContributorBody,
     InfluenceBody,
+    KeyRevocationBody,
+    KeyRotationBody,
     PublicationBody,
+    RedactionBody,
+    RowRedactionBody,
 )
+from attribution.log.facts import utc
 from attribution.log.verify import RECORD_BUNDLE_TYPE
 from attribution.records import to_plain
 
@@ -82,7 +87,7 @@ class Lineage:
         return sorted(reached, key=lambda leaf: self._trail.entry_index(leaf))
 
     def contributor_names(self) -> dict[str, str]:
-        """Return the name of each contributor by key id."""
+        """Return the name of each contributor by key id, those of rotated keys included."""
         self._catch_up()
         return dict(self._names)
 
@@ -92,9 +97,9 @@ class Lineage:
             self._children.setdefault(leaf_hash, [])
             for parent in leaf.parents:
                 self._children[parent].append(leaf_hash)
-            if leaf.kind == "contributor":
+            if leaf.kind in ("contributor", "key_rotation"):
                 record = self._trail.entry(index).record
-                if record is not None and isinstance(record.body, ContributorBody):
+                if record is not None and isinstance(record.body, ContributorBody | KeyRotationBody):
                     self._names[record.body.key_id] = record.body.name
             self._cursor = index + 1
 
@@ -109,9 +114,11 @@ class Lineage:
 
 def record_bundle(trail: "Trail", leaf_hash: str) -> dict[str, Any]:
     """Return a record's offline proof with those of its ancestors: a contributor's key is proven by its record."""
+    from attribution.notices import prove_with_notices
+
     ancestors = [leaf for leaf in Lineage(trail).closure([leaf_hash]) if leaf != leaf_hash]
-    record, *lineage = trail.proofs([leaf_hash, *ancestors])
-    return {"type": RECORD_BUNDLE_TYPE, "record": record, "lineage": lineage}
+    (record, *lineage), notices = prove_with_notices(trail, [leaf_hash, *ancestors])
+    return {"type": RECORD_BUNDLE_TYPE, "record": record, "lineage": lineage, **notices}
 
 
 def _reach(start: str, neighbours: Neighbours, depth: int | None = None) -> dict[str, str | None]:
@@ -130,7 +137,7 @@ def _reach(start: str, neighbours: Neighbours, depth: int | None = None) -> dict
 
 def _node(entry: "Entry") -> dict[str, Any]:
     record = entry.record
-    facts = {"erased": True} if record is None else to_plain(record.body, entry.leaf.kind)
+    facts = _hole(entry) if record is None else to_plain(record.body, entry.leaf.kind)
     return {
         "id": entry.leaf_hash,
         "kind": entry.leaf.kind,
@@ -141,9 +148,20 @@ def _node(entry: "Entry") -> dict[str, Any]:
     }
 
 
+def _hole(entry: "Entry") -> dict[str, Any]:
+    """What is left to say of an erased record."""
+    if entry.erasure is None:
+        return {"erased": True}
+    return {"erased": utc(entry.erasure.time_us), "reason": entry.erasure.reason, "redaction": entry.erasure.leaf_hash}
+
+
 def label_of(entry: "Entry") -> str:
     """Return a few words that tell a record from others of its kind."""
-    return f"{entry.leaf.kind} (erased)" if entry.record is None else _label(entry.record.body)
+    if entry.record is not None:
+        return _label(entry.record.body)
+    if entry.erasure is None:
+        return f"{entry.leaf.kind} (erased)"
+    return f"{entry.leaf.kind} (erased on {utc(entry.erasure.time_us)[:10]} because: {entry.erasure.reason})"
 
 
 def _label(body: Body) -> str:
@@ -156,6 +174,12 @@ def _label(body: Body) -> str:
             return f"loaded by {body.replica}"
         case InfluenceBody():
             return body.receipt_id
+        case KeyRotationBody():
+            return f"key of {body.name} rotated"
+        case KeyRevocationBody():
+            return f"key of {body.name} revoked: {body.reason}"
+        case RedactionBody() | RowRedactionBody():
+            return f"erased: {body.reason}"
     for name in ("name", "workflow", "subject", "decision", "reason"):
         if text := getattr(body, name, ""):
             return str(text)

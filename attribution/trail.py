@@ -9,17 +9,18 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import rfc8785
 
-from attribution.bodies import ContributorBody, PublicationBody
+from attribution.bodies import NOTICE_KINDS, ContributorBody, KeyRotationBody, PublicationBody, RedactionBody
+from attribution.key_changes import KeyChanges, finish_rotations
 from attribution.keys import KeyRing, SigningKey
 from attribution.log.note import NoteKey
-from attribution.log.sequencer import Log, file_lock
+from attribution.log.sequencer import Appender, Log, file_lock
 from attribution.provenance import code_identity, environment_digest, environment_manifest
 from attribution.records import (
     SALT_BYTES,
@@ -38,15 +39,13 @@ from attribution.records import (
 )
 from attribution.registry import Registry
 from attribution.store import Store, sync_directory, write_atomically
+from attribution.trust_file import LOG_KEY, OPERATOR, TRUST_FILE, TRUST_VERSION, TrustFile
 from configs.env import home as default_home
 from configs.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
 
-OPERATOR, LOG_KEY = "operator", "log"
-TRUST_FILE = "trust.json"
-TRUST_VERSION = 1
 UNINDEXED_KINDS = frozenset({"completions", "adapter_loaded"})  # many per minute; nothing is made from their outputs
 ALIAS_KINDS = frozenset({"publication"})  # name an artefact that another record made
 
@@ -62,6 +61,15 @@ class Configuration(Protocol):
 
 
 @dataclass(frozen=True)
+class Erasure:
+    """Why a record, or rows of its tables, are gone: the redaction that says so."""
+
+    leaf_hash: str
+    time_us: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """One leaf of the log and, unless it was erased, the record behind it."""
 
@@ -71,6 +79,7 @@ class Entry:
     record: Record | None
     envelope: bytes | None
     salt: bytes | None
+    erasure: Erasure | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class Draft:
     attempt: int = 1
     parent_attempt: str | None = None
     time_us: int | None = None
+    cosigners: Sequence[SigningKey] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,10 @@ class Trail:
         self._newest_output: dict[str, str] = {}  # artefact digest -> leaf hash of the newest record that made it
         self._contributor: dict[str, str] = {}  # key id -> leaf hash of its contributor record
         self._indexed = 0
+        self._notices: list[int] = []  # indices of what bears on earlier records
+        self._erasures: dict[str, Erasure] = {}
+        self._num_notices_read = 0
+        self._key_changes = KeyChanges()
 
     @classmethod
     def open(cls, home: Path | None = None, *, create: bool = True) -> "Trail":
@@ -129,10 +143,12 @@ class Trail:
             if not create:
                 raise TrailError(f"home {home}: holds no trail; set TRAILMARK_HOME, or contribute rows to start one")
             _create(home)
-        trust = json.loads((home / TRUST_FILE).read_text(encoding="utf-8"))
-        keys = KeyRing(home)
-        signer = keys.get(LOG_KEY) if keys.has(LOG_KEY) else None
-        return cls(home, Log(home / "log", NoteKey.parse(trust["log"]), signer=signer, is_leaf=_is_leaf))
+        trust = TrustFile(home)
+        keys = trust.log_keys()
+        log = Log(home / "log", keys.key, signer=keys.signer, is_leaf=_is_leaf, keys=trust.log_keys)
+        trail = cls(home, log)
+        finish_rotations(trail)
+        return trail
 
     def record(
         self,
@@ -165,17 +181,23 @@ class Trail:
         )
         return self.record_many([draft])[0]
 
-    def record_many(self, drafts: Sequence[Draft]) -> list[Entry]:
-        """Append several records as one group (one fsync of the log, one checkpoint) and return their entries."""
+    def record_many(self, drafts: Sequence[Draft], *, then: Callable[[Appender], None] | None = None) -> list[Entry]:
+        """Append several records as one group (one fsync of the log, one checkpoint) and return their entries.
+
+        `then` runs once they are durable, before any other process may append.
+        """
         if not drafts:
             return []
         self._store_environment()
+        finish_rotations(self)
         with self.mutex, self.log.exclusive() as appender:
             self._index()
             first = self.log.size
             staged = self._stage_all(drafts)
             self._write_private(staged)
             appender.append([item.leaf for item in staged])
+            if then is not None:
+                then(appender)
             return [self._entry(index) for index in range(first, self.log.size)]
 
     def refresh(self) -> None:
@@ -207,6 +229,29 @@ class Trail:
             self._index()
             leaf_hash = self._newest_output.get(digest)
         return None if leaf_hash is None else self.entry(leaf_hash)
+
+    def notices(self) -> list[Entry]:
+        """Return the records that bear on earlier ones: keys rotated or revoked, records or rows erased."""
+        self._read_leaves()
+        return [self._entry(index) for index in list(self._notices)]
+
+    def erasures(self) -> dict[str, Erasure]:
+        """Return what was erased: leaf hash -> the redaction that says why."""
+        self._read_leaves()
+        with self.mutex:
+            for index in self._notices[self._num_notices_read :]:
+                if self._leaves[index].kind == "redaction":
+                    entry = self._entry(index)
+                    assert entry.record is not None and isinstance(entry.record.body, RedactionBody)
+                    body = entry.record.body
+                    self._erasures.setdefault(body.leaf, Erasure(entry.leaf_hash, entry.leaf.time_us, body.reason))
+                self._num_notices_read += 1
+            return dict(self._erasures)
+
+    def delete_record(self, leaf_hash: str) -> None:
+        """Remove a record and its salt for good; its leaf and all proofs stay. Only `erasure` calls this, redaction first."""
+        (self._records / f"{leaf_hash}.json").unlink(missing_ok=True)
+        sync_directory(self._records)
 
     def entry_index(self, leaf_hash: str) -> int:
         """Return the index of a leaf hash; TrailError when it is not in the log."""
@@ -280,8 +325,8 @@ class Trail:
         made: dict[str, str] = {}
         last_time_us = self._leaves[-1].time_us if self._leaves else 0
         for draft in drafts:
-            now_us = time.time_ns() // 1000 if draft.time_us is None else draft.time_us
-            last_time_us = max(last_time_us, now_us)
+            wanted_us = now_us() if draft.time_us is None else draft.time_us
+            last_time_us = max(last_time_us, wanted_us)
             item = self._stage(draft, last_time_us, made)
             staged.append(item)
             if draft.kind not in ALIAS_KINDS:
@@ -293,7 +338,9 @@ class Trail:
             self.registry.require_free(draft.body.name, draft.body.version)
         signer = draft.signer or self.keys.get(OPERATOR)
         record = record_of(draft, time_us=time_us)
-        envelope = record_to_envelope(record, signer)
+        for key in (signer, *draft.cosigners):
+            self._key_changes.require_usable(key, draft.kind, time_us)
+        envelope = record_to_envelope(record, signer, *draft.cosigners)
         salt = secrets.token_bytes(SALT_BYTES)
         parents = self._parents(draft, signer, made) if draft.parents is None else tuple(draft.parents)
         for parent in parents:
@@ -333,7 +380,10 @@ class Trail:
         with self.mutex:
             self.log.refresh()
             for data in self.log.leaves(len(self._leaves), self.log.size):
-                self._leaves.append(Leaf.from_json(json.loads(data)))
+                leaf = Leaf.from_json(json.loads(data))
+                if leaf.kind in NOTICE_KINDS:
+                    self._notices.append(len(self._leaves))
+                self._leaves.append(leaf)
             return len(self._leaves)
 
     def _index(self) -> None:
@@ -347,8 +397,12 @@ class Trail:
             entry = self._entry(index)
             if entry.record is None:
                 continue
-            if isinstance(entry.record.body, ContributorBody):
-                self._contributor[entry.record.body.key_id] = entry.leaf_hash
+            body = entry.record.body
+            if isinstance(body, ContributorBody):
+                self._contributor[body.key_id] = entry.leaf_hash
+            elif isinstance(body, KeyRotationBody) and body.old_key_id in self._contributor:
+                self._contributor[body.key_id] = self._contributor[body.old_key_id]
+            self._key_changes.take_in(body)
             self._newest_output.update({output.digest: entry.leaf_hash for output in entry.record.outputs})
 
     def _entry(self, index: int) -> Entry:
@@ -359,7 +413,7 @@ class Trail:
         try:
             private = path.read_bytes()
         except FileNotFoundError:
-            return Entry(index, leaf_hash, leaf, None, None, None)
+            return Entry(index, leaf_hash, leaf, None, None, None, self.erasures().get(leaf_hash))
         try:
             value = parse_canonical(private, "private record")
             envelope, salt = rfc8785.dumps(value["envelope"]), bytes.fromhex(value["salt"])
@@ -373,6 +427,11 @@ class Trail:
     def _store_environment(self) -> None:
         if not self.store.has(environment_digest()):
             self.store.put_blob(environment_manifest())
+
+
+def now_us() -> int:
+    """Return the time in microseconds since 1970."""
+    return time.time_ns() // 1000
 
 
 def record_of(draft: Draft, *, time_us: int) -> Record:

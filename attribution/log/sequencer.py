@@ -17,6 +17,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +34,15 @@ MAX_ENTRY_BYTES = 65_535
 
 class LogError(UserError):
     """The log on disk is missing, damaged, rolled back or may not be written."""
+
+
+@dataclass(frozen=True)
+class LogKeys:
+    """The log's key, its private half if this home has it, and the keys it had before (newest first)."""
+
+    key: NoteKey
+    signer: Signs | None
+    former: tuple[NoteKey, ...] = ()
 
 
 @contextmanager
@@ -53,15 +63,22 @@ class Log:
     """One transparency log: catches up with other processes' appends, appends its own, proves inclusion.
 
     All leaf hashes are kept in memory (about 150 bytes a leaf with the tree and the index); leaves stay on disk.
-    `is_leaf` tells whole leaves from garbage when a crash left bytes beyond the checkpoint.
+    `is_leaf` tells whole leaves from garbage when a crash left bytes beyond the checkpoint. `keys` is asked at each
+    look at the log, for another process may have rotated its key; without it, `key` and `signer` stand.
     """
 
     def __init__(
-        self, directory: Path, key: NoteKey, *, signer: Signs | None, is_leaf: Callable[[bytes], bool]
+        self,
+        directory: Path,
+        key: NoteKey,
+        *,
+        signer: Signs | None,
+        is_leaf: Callable[[bytes], bool],
+        keys: Callable[[], LogKeys] | None = None,
     ) -> None:
         self.directory = directory
-        self.key = key
-        self._signer = signer
+        self._keys = keys or (lambda: LogKeys(key, signer))
+        self._take_keys()
         self._is_leaf = is_leaf
         self._mutex = threading.RLock()
         self._tree = Tree()
@@ -69,7 +86,7 @@ class Log:
         self._index_of: dict[str, int] = {}
         self._note = ""
         self.refresh()
-        if signer is not None and self._entries_bytes() > self._offsets[-1]:
+        if self._signer is not None and self._entries_bytes() > self._offsets[-1]:
             with self.exclusive():
                 pass
 
@@ -139,8 +156,9 @@ class Log:
             note = self._read_checkpoint()
             if note == self._note:
                 return
+            self._take_keys()
             try:
-                checkpoint = open_checkpoint(note, self.key)
+                checkpoint = open_checkpoint(note, self.key, *self._former)
             except NoteError as error:
                 raise LogError(f"log {self.directory}: {error}; the checkpoint is not this log's") from error
             if checkpoint.size < self.size:
@@ -152,16 +170,27 @@ class Log:
             self._extend(leaves, checkpoint, note)
 
     @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from appending for the time of the block, without appending oneself."""
+        with self._mutex, file_lock(self.directory / LOCK):
+            yield
+
+    @contextmanager
     def exclusive(self) -> Iterator["Appender"]:
         """Hold the log for writing, caught up and clear of any torn tail; yield what appends to it."""
-        if self._signer is None:
-            raise LogError(f"log {self.directory}: no log key in this home, so it can only be read")
         with self._mutex, file_lock(self.directory / LOCK):
             self.refresh()
+            self._take_keys()
+            if self._signer is None:
+                raise LogError(f"log {self.directory}: no log key in this home, so it can only be read")
             appender = Appender(self, self._signer)
             if self._entries_bytes() > self._offsets[-1]:
                 self._recover(appender)
             yield appender
+
+    def _take_keys(self) -> None:
+        keys = self._keys()
+        self.key, self._signer, self._former = keys.key, keys.signer, keys.former
 
     def _recover(self, appender: "Appender") -> None:
         """Keep the whole leaves that a crash left beyond the checkpoint, cut the rest."""
@@ -254,6 +283,13 @@ class Appender:
                 file.truncate(start)
                 raise
         self.publish(leaves)
+
+    def sign_anew(self) -> None:
+        """Put the log's new key under the same tree: the last act of a rotation."""
+        self._log._take_keys()
+        assert self._log._signer is not None, "who rotates the log's key has it"
+        self._signer = self._log._signer
+        self.publish(())
 
     def publish(self, leaves: Sequence[bytes]) -> None:
         """Sign and store the checkpoint that adds `leaves`, which are durable in the file already."""

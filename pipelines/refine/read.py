@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attribution.bodies import ContributorBody, DatasetBody
+from attribution.bodies import ContributorBody, DatasetBody, KeyRotationBody
 from attribution.records import RecordError, signers_of
 from configs.errors import UserError
 from pipelines.refine.annotate import Origin
@@ -60,7 +60,7 @@ def contributor_entries(trail: "Trail") -> "dict[str, Entry]":
 
 def contributor_names(trail: "Trail") -> dict[str, str]:
     """Return contributor names by key id."""
-    return {body.key_id: body.name for body in _contributor_bodies(trail)}
+    return {key_id: name for key_id, (name, _) in _contributor_keys(trail).items()}
 
 
 def contributions(trail: "Trail", names: Sequence[str] = (ALL,)) -> list[Contribution]:
@@ -78,7 +78,7 @@ def contributions(trail: "Trail", names: Sequence[str] = (ALL,)) -> list[Contrib
         raise DatasetError(
             "no dataset to refine: contribute one first, `trailmark contribute FILE --as NAME --licence ID`"
         )
-    public_keys = {body.key_id: bytes.fromhex(body.public_key) for body in _contributor_bodies(trail)}
+    public_keys = {key_id: public_bytes for key_id, (_, public_bytes) in _contributor_keys(trail).items()}
     return [_contribution(entry, public_keys) for entry in entries if entry.index in wanted]
 
 
@@ -134,11 +134,16 @@ def _pieces(file: pq.ParquetFile, first: int, last: int) -> Iterator[pa.Table]:
         start = end
 
 
-def _contributor_bodies(trail: "Trail") -> Iterator[ContributorBody]:
-    for entry in trail.entries(kind="contributor"):
-        if entry.record is not None:
-            assert isinstance(entry.record.body, ContributorBody)
-            yield entry.record.body
+def _contributor_keys(trail: "Trail") -> dict[str, tuple[str, bytes]]:
+    """Name and public key by key id, of every key that a contributor has or had."""
+    found: dict[str, tuple[str, bytes]] = {}
+    for entry in [*trail.entries(kind="contributor"), *trail.notices()]:
+        body = entry.record.body if entry.record is not None else None
+        if isinstance(body, KeyRotationBody) and body.role != "contributor":
+            continue
+        if isinstance(body, ContributorBody | KeyRotationBody):
+            found[body.key_id] = (body.name, bytes.fromhex(body.public_key))
+    return found
 
 
 def _matching(entries: "Sequence[Entry]", name: str) -> "list[Entry]":
