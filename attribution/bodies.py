@@ -287,10 +287,10 @@ class KeyRevocationBody:
 class TableRewrite:
     """A stored table that record `leaf` made gave way to one without the erased rows; `num_rows` are left.
 
-    `part` says which: dataset, refined (a directory), rows or decisions.
+    `part` says which: dataset, refined or trace (directories), rows or decisions.
     """
 
-    part: Literal["dataset", "refined", "rows", "decisions"]
+    part: Literal["dataset", "refined", "rows", "decisions", "trace"]
     leaf: Hex32
     before: Digest
     after: Digest

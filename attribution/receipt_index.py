@@ -110,6 +110,8 @@ class ReceiptIndex:
                         for index, row in enumerate(completion_rows(self._trail, entry))
                     ],
                 )
+            gone = [(leaf_hash,) for leaf_hash in self._trail.erasures()]
+            database.executemany("DELETE FROM receipts WHERE leaf_hash = ?", gone)
             size = self._trail.log.size
             last_leaf = self._trail.log.leaf_hash(size - 1)
             database.execute("INSERT OR REPLACE INTO cursor VALUES (1, ?, ?)", (size, last_leaf))

@@ -228,7 +228,8 @@ class Trail:
         with self.mutex:
             self._index()
             leaf_hash = self._newest_output.get(digest)
-        return None if leaf_hash is None else self.entry(leaf_hash)
+        entry = None if leaf_hash is None else self.entry(leaf_hash)
+        return None if entry is None or entry.record is None else entry
 
     def notices(self) -> list[Entry]:
         """Return the records that bear on earlier ones: keys rotated or revoked, records or rows erased."""
@@ -249,7 +250,7 @@ class Trail:
             return dict(self._erasures)
 
     def delete_record(self, leaf_hash: str) -> None:
-        """Remove a record and its salt for good; its leaf and all proofs stay. Only `erasure` calls this, redaction first."""
+        """Remove a record and its salt for good; its leaf and all proofs stay. For `erasure`, after the redaction."""
         (self._records / f"{leaf_hash}.json").unlink(missing_ok=True)
         sync_directory(self._records)
 

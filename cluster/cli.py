@@ -8,12 +8,27 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import ask, config, data, demo, engine, jobs, keys, log, replay, serve, train, views
+from cluster.commands import ask, config, data, demo, engine, erase, jobs, keys, log, replay, serve, train, views
 from cluster.commands import cluster as cluster_commands
 from configs.errors import UserError
 
 # Order of the panels in `--help`: the road a row travels.
-COMMAND_MODULES = (demo, cluster_commands, data, train, serve, engine, ask, log, keys, replay, views, jobs, config)
+COMMAND_MODULES = (
+    demo,
+    cluster_commands,
+    data,
+    train,
+    serve,
+    engine,
+    ask,
+    log,
+    keys,
+    erase,
+    replay,
+    views,
+    jobs,
+    config,
+)
 
 app = typer.Typer(
     name="trailmark",

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attribution.bodies import ContributorBody, DatasetBody, KeyRotationBody
+from attribution.erasure import remaining, rewrites
 from attribution.records import RecordError, signers_of
 from configs.errors import UserError
 from pipelines.refine.annotate import Origin
@@ -79,7 +80,7 @@ def contributions(trail: "Trail", names: Sequence[str] = (ALL,)) -> list[Contrib
             "no dataset to refine: contribute one first, `trailmark contribute FILE --as NAME --licence ID`"
         )
     public_keys = {key_id: public_bytes for key_id, (_, public_bytes) in _contributor_keys(trail).items()}
-    return [_contribution(entry, public_keys) for entry in entries if entry.index in wanted]
+    return [_contribution(trail, entry, public_keys) for entry in entries if entry.index in wanted]
 
 
 def verified_rows(trail: "Trail", contribution: Contribution) -> Path:
@@ -118,6 +119,7 @@ def load_decisions(trail: "Trail", digest: str) -> pa.Table:
 
 
 def _refined_directory(trail: "Trail", digest: str) -> Path:
+    digest = remaining(trail, digest)
     kind = trail.store.manifest(digest).kind
     if kind != "refined":
         raise DatasetError(f"{digest} is of kind {kind!r}, not a refined dataset; `trailmark dataset list` shows them")
@@ -178,7 +180,7 @@ def _is_signed_by(envelope: bytes, key_id: str, public_keys: Mapping[str, bytes]
         return False
 
 
-def _contribution(entry: "Entry", public_keys: Mapping[str, bytes]) -> Contribution:
+def _contribution(trail: "Trail", entry: "Entry", public_keys: Mapping[str, bytes]) -> Contribution:
     if entry.record is None or entry.envelope is None:
         raise DatasetError(f"dataset {entry.leaf_hash[:12]}: its record was erased; leave it out")
     body = _dataset_body(entry)
@@ -189,4 +191,6 @@ def _contribution(entry: "Entry", public_keys: Mapping[str, bytes]) -> Contribut
             f"{contributor[:12] or '(none named)'}; hand it in again with `trailmark contribute FILE --as NAME`"
         )
     origin = Origin(contributor, body.licence, entry.leaf_hash, entry.index)
-    return Contribution(body.name, body.rows, body.num_rows, origin)
+    left = {rewrite.after: rewrite.num_rows for rewrite in rewrites(trail)}
+    rows = remaining(trail, body.rows)
+    return Contribution(body.name, rows, left.get(rows, body.num_rows), origin)
