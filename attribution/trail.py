@@ -228,8 +228,12 @@ class Trail:
         with self.mutex:
             self._index()
             leaf_hash = self._newest_output.get(digest)
-        entry = None if leaf_hash is None else self.entry(leaf_hash)
-        return None if entry is None or entry.record is None else entry
+            if leaf_hash is not None and self.entry(leaf_hash).record is None:  # erased since: an older maker may stand
+                self._newest_output.clear()
+                self._indexed = 0
+                self._index()
+                leaf_hash = self._newest_output.get(digest)
+        return None if leaf_hash is None else self.entry(leaf_hash)
 
     def notices(self) -> list[Entry]:
         """Return the records that bear on earlier ones: keys rotated or revoked, records or rows erased."""
@@ -240,13 +244,13 @@ class Trail:
         """Return what was erased: leaf hash -> the redaction that says why."""
         self._read_leaves()
         with self.mutex:
-            for index in self._notices[self._num_notices_read :]:
-                if self._leaves[index].kind == "redaction":
-                    entry = self._entry(index)
-                    assert entry.record is not None and isinstance(entry.record.body, RedactionBody)
+            while self._num_notices_read < len(self._notices):
+                index = self._notices[self._num_notices_read]
+                self._num_notices_read += 1  # first: a redaction that is gone itself asks here why
+                entry = self._entry(index) if self._leaves[index].kind == "redaction" else None
+                if entry is not None and entry.record is not None and isinstance(entry.record.body, RedactionBody):
                     body = entry.record.body
                     self._erasures.setdefault(body.leaf, Erasure(entry.leaf_hash, entry.leaf.time_us, body.reason))
-                self._num_notices_read += 1
             return dict(self._erasures)
 
     def delete_record(self, leaf_hash: str) -> None:

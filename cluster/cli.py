@@ -8,7 +8,22 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import ask, config, data, demo, engine, erase, jobs, keys, log, replay, serve, train, views
+from cluster.commands import (
+    ask,
+    config,
+    data,
+    demo,
+    engine,
+    erase,
+    jobs,
+    keys,
+    log,
+    monitor,
+    replay,
+    serve,
+    train,
+    views,
+)
 from cluster.commands import cluster as cluster_commands
 from configs.errors import UserError
 
@@ -24,6 +39,7 @@ COMMAND_MODULES = (
     log,
     keys,
     erase,
+    monitor,
     replay,
     views,
     jobs,

@@ -56,6 +56,10 @@ class Frontier:
         self._peaks.append(carry)
         self.size += 1
 
+    def peaks(self) -> list[bytes]:
+        """Return the perfect subtrees, widest first."""
+        return list(self._peaks)
+
     def root(self) -> bytes:
         """Return the root at the present size."""
         return root_of_peaks(self._peaks)

@@ -46,7 +46,7 @@ def erase(
     if target is None:
         raise UserError("erase: name a row, a record or a contributor; --finish needs none")
     erasing = plan(trail, target)
-    _print_plan(erasing, "would go" if dry_run else "goes")
+    _print_plan(erasing, "would go" if dry_run else "go")
     if dry_run:
         return
     if not reason:
