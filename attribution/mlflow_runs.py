@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, PublicationBody, RefinementBody
+from attribution.erasure import remaining
 from attribution.mlflow_context import ViewContext
 from attribution.mlflow_notes import note
 from attribution.mlflow_server import TAG_NOTE
@@ -215,9 +216,10 @@ def _training_metrics(context: ViewContext, body: AdapterBody) -> "Sequence[Metr
     import pyarrow.parquet
     from mlflow.entities import Metric
 
-    if not context.trail.store.has(body.trace):
+    trace = remaining(context.trail, body.trace)
+    if not context.trail.store.has(trace):
         return []
-    folder = context.trail.store.get_directory(body.trace, verify=False)
+    folder = context.trail.store.get_directory(trace, verify=False)
     rows = pyarrow.parquet.read_table(folder / "steps.parquet", columns=["step", "lr", "loss", "time_us"]).to_pylist()
     return [
         Metric(key, row[column], row["time_us"] // 1000, row["step"])
