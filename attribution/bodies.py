@@ -302,6 +302,59 @@ class WorkflowEffectBody:
     also_changed: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class KeyRotationBody:
+    """A key takes the place of an older one; signed with the new key, and with the old one or the operator's.
+
+    Both public keys stand here, so that the signatures can be checked by whoever knows either of them.
+    """
+
+    name: str
+    role: Literal["operator", "log", "contributor"]
+    old_key_id: Hex32
+    old_public_key: Hex32
+    key_id: Hex32
+    public_key: Hex32
+
+
+@dataclass(frozen=True)
+class KeyRevocationBody:
+    """What a key signed at `from_us` or later does not count; signed by the operator."""
+
+    name: str
+    role: Literal["operator", "log", "contributor"]
+    key_id: Hex32
+    from_us: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class TableRewrite:
+    """A stored table that record `leaf` made gave way to one without the erased rows; `num_rows` are left.
+
+    `part` says which: dataset, refined or trace (directories), rows or decisions.
+    """
+
+    part: Literal["dataset", "refined", "rows", "decisions", "trace"]
+    leaf: Hex32
+    before: Digest
+    after: Digest
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class RowRedactionBody:
+    """Rows were erased from every table that held them.
+
+    `lines` are their line numbers in the contributed file (empty: every row): an id of a row could be guessed from.
+    """
+
+    contribution: Hex32
+    lines: tuple[int, ...]
+    rewritten: tuple[TableRewrite, ...]
+    reason: str
+
+
 Body = (
     ContributorBody
     | KeyBody
@@ -323,6 +376,9 @@ Body = (
     | RedactionBody
     | ModelSignatureBody
     | WorkflowEffectBody
+    | KeyRotationBody
+    | KeyRevocationBody
+    | RowRedactionBody
 )
 
 BODY_OF_KIND: dict[str, type[Body]] = {
@@ -346,5 +402,10 @@ BODY_OF_KIND: dict[str, type[Body]] = {
     "redaction": RedactionBody,
     "model_signature": ModelSignatureBody,
     "workflow_effect": WorkflowEffectBody,
+    "key_rotation": KeyRotationBody,
+    "key_revocation": KeyRevocationBody,
+    "row_redaction": RowRedactionBody,
 }
 KINDS = tuple(BODY_OF_KIND)
+NOTICE_KINDS = frozenset({"key_rotation", "key_revocation", "redaction", "row_redaction"})
+"""What bears on records that came before: their keys changed, or they were erased."""

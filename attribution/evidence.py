@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attribution.bodies import AdapterBody, BenchmarkBody, DatasetBody, InfluenceBody, Metric, RefinementBody
+from attribution.erasure import maker_of, remaining
 from configs.errors import UserError
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def verdict_of(metric: str, spread: Spread) -> str:
 
 def contributions(trail: "Trail", adapter: MeasuredAdapter) -> tuple[str | None, list[Contribution]]:
     """Return the refinement (leaf hash) behind an adapter and its contributions in log order; (None, []) if unknown."""
-    entry = trail.find(adapter.body.dataset)
+    entry = maker_of(trail, adapter.body.dataset)
     if entry is None or entry.record is None or not isinstance(entry.record.body, RefinementBody):
         return None, []
     kept = _kept_rows(trail, entry.record.body)
@@ -165,7 +166,7 @@ def contributions(trail: "Trail", adapter: MeasuredAdapter) -> tuple[str | None,
 
 def dataset_of_examples(trail: "Trail", adapter: MeasuredAdapter) -> dict[str, str]:
     """Return example id -> leaf hash of the contribution it came with; empty when the rows are gone."""
-    entry = trail.find(adapter.body.dataset)
+    entry = maker_of(trail, adapter.body.dataset)
     if entry is None or entry.record is None or not isinstance(entry.record.body, RefinementBody):
         return {}
     return {row["example_id"]: row["dataset"] for row in _rows(trail, entry.record.body)}
@@ -235,6 +236,7 @@ def _kept_rows(trail: "Trail", body: RefinementBody) -> dict[str, int]:
 
 
 def _rows(trail: "Trail", body: RefinementBody) -> list[dict[str, str]]:
-    if not trail.store.has(body.rows):
+    rows = remaining(trail, body.rows)
+    if not trail.store.has(rows):
         return []
-    return trail.get_table(body.rows).select(["example_id", "dataset"]).to_pylist()
+    return trail.get_table(rows).select(["example_id", "dataset"]).to_pylist()

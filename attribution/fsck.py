@@ -147,8 +147,10 @@ class _Check:
         """Return the signed tree head, None when it is damaged."""
         path = self._log / CHECKPOINT
         try:
-            key = NoteKey.parse(parse_strict((self._home / TRUST_FILE).read_bytes(), TRUST_FILE)["log"])
-            return open_checkpoint(path.read_text(encoding="utf-8"), key)
+            trust = parse_strict((self._home / TRUST_FILE).read_bytes(), TRUST_FILE)
+            former = [item["log"] for item in trust.get("former", []) if item["role"] == "log"]
+            keys = [NoteKey.parse(text) for text in (trust["log"], *former)]
+            return open_checkpoint(path.read_text(encoding="utf-8"), *keys)
         except OSError as error:
             self._damage(path, str(error.strerror), f"{RESTORE}; a new one could contradict one signed before")
         except (NoteError, RecordError, UnicodeDecodeError, KeyError, TypeError) as error:

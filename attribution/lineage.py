@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attribution.lineage_facts import label_of_body
 from attribution.lineage_graph import Ids, LineageGraph
 from attribution.lineage_index import LineageIndex
+from attribution.log.facts import utc
 from attribution.log.verify import RECORD_BUNDLE_TYPE
 from attribution.records import to_plain
 
@@ -88,9 +89,11 @@ class Lineage:
 
 def record_bundle(trail: "Trail", leaf_hash: str) -> dict[str, Any]:
     """Return a record's offline proof with those of its ancestors: a contributor's key is proven by its record."""
+    from attribution.notices import prove_with_notices
+
     ancestors = [leaf for leaf in Lineage(trail).closure([leaf_hash]) if leaf != leaf_hash]
-    record, *lineage = trail.proofs([leaf_hash, *ancestors])
-    return {"type": RECORD_BUNDLE_TYPE, "record": record, "lineage": lineage}
+    (record, *lineage), notices = prove_with_notices(trail, [leaf_hash, *ancestors])
+    return {"type": RECORD_BUNDLE_TYPE, "record": record, "lineage": lineage, **notices}
 
 
 def _all(found: Mapping[str, Ids]) -> set[int]:
@@ -99,7 +102,7 @@ def _all(found: Mapping[str, Ids]) -> set[int]:
 
 def _node(entry: "Entry") -> dict[str, Any]:
     record = entry.record
-    facts = {"erased": True} if record is None else to_plain(record.body, entry.leaf.kind)
+    facts = _hole(entry) if record is None else to_plain(record.body, entry.leaf.kind)
     return {
         "id": entry.leaf_hash,
         "kind": entry.leaf.kind,
@@ -110,9 +113,18 @@ def _node(entry: "Entry") -> dict[str, Any]:
     }
 
 
+def _hole(entry: "Entry") -> dict[str, Any]:
+    """What is left to say of an erased record."""
+    if entry.erasure is None:
+        return {"erased": True}
+    return {"erased": utc(entry.erasure.time_us), "reason": entry.erasure.reason, "redaction": entry.erasure.leaf_hash}
+
+
 def label_of(entry: "Entry") -> str:
     """Return a few words that tell a record from others of its kind."""
-    if entry.record is None:
+    if entry.record is not None:
+        body = entry.record.body
+        return label_of_body(entry.leaf.kind, lambda name: getattr(body, name, None))
+    if entry.erasure is None:
         return f"{entry.leaf.kind} (erased)"
-    body = entry.record.body
-    return label_of_body(entry.leaf.kind, lambda name: getattr(body, name, None))
+    return f"{entry.leaf.kind} (erased on {utc(entry.erasure.time_us)[:10]} because: {entry.erasure.reason})"

@@ -18,6 +18,7 @@ SALT_START = -(len(TAIL) + 2 * SALT_BYTES)
 DIGEST_PREFIX = "sha256:"
 MADE, USED, RULE, MENTIONED, KEY = "made", "used", "rule", "mentioned", "key"
 KEY_KINDS = frozenset({"contributor", "key_rotation"})  # say whose a key is: `key_id` and `name`
+ROW_REDACTION = "row_redaction"
 NAME_FIELDS = ("name", "workflow", "subject", "decision", "reason")
 
 Statement = Mapping[str, Any]
@@ -25,12 +26,16 @@ Statement = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Facts:
-    """Names are (name, version or 0, role), digests (hex, role); `erases` is the leaf hash a redaction speaks of."""
+    """Names are (name, version or 0, role), digests (hex, role); `erases` is the leaf hash a redaction speaks of.
+
+    `erases_rows`: tables of rows gave way to others.
+    """
 
     label: str
     names: tuple[tuple[str, int, str], ...]
     digests: tuple[tuple[str, str], ...]
     erases: str | None
+    erases_rows: bool = False
 
 
 def facts_of(private: bytes, kind: str, commitment: str) -> Facts:
@@ -43,6 +48,7 @@ def facts_of(private: bytes, kind: str, commitment: str) -> Facts:
         names=tuple(dict.fromkeys(_names(kind, body))),
         digests=tuple(dict.fromkeys(_digests(kind, statement, predicate, body))),
         erases=body["leaf"] if kind == "redaction" else None,
+        erases_rows=kind == ROW_REDACTION,
     )
 
 
@@ -80,6 +86,12 @@ def label_of_body(kind: str, get: Callable[[str], Any]) -> str:
             return f"loaded by {get('replica')}"
         case "influence":
             return str(get("receipt_id"))
+        case "key_rotation":
+            return f"key of {get('name')} rotated"
+        case "key_revocation":
+            return f"key of {get('name')} revoked: {get('reason')}"
+        case "redaction" | "row_redaction":
+            return f"erased: {get('reason')}"
     return next((str(text) for name in NAME_FIELDS if (text := get(name))), kind.replace("_", ""))
 
 
@@ -90,7 +102,7 @@ def _statement(private: bytes, commitment: str) -> dict[str, Any]:
 
 def _names(kind: str, body: Statement) -> Iterator[tuple[str, int, str]]:
     name = body.get("name") or body.get("workflow")
-    if name:
+    if name and kind != "key_revocation":
         yield (name, body["version"], "published") if kind == "publication" else (name, 0, kind)
     for rule in body.get("rules", ()) if kind == "refinement" else ():
         yield rule["name"], 0, RULE

@@ -150,8 +150,8 @@ class LineageGraph:
         return [leaf.hex() for (leaf,) in self.database.execute(query, (json.dumps(list(ids)),))]
 
     def contributor_names(self) -> dict[str, str]:
-        """Return the name of each contributor by key id."""
-        query = "SELECT digest, label FROM digest JOIN record USING (id) WHERE role = 'key' ORDER BY id"
+        """Return the name of each contributor by key id, those of rotated keys included."""
+        query = "SELECT digest, name FROM digest JOIN name USING (id) WHERE digest.role = 'key' ORDER BY id"
         return {key_id.hex(): name for key_id, name in self.database.execute(query)}
 
     def body(self, number: int) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from attribution.log.sequencer import LogError, file_lock
 from attribution.log.stream import LeafStream, Mark
 from attribution.private_records import PrivateRecords
 from attribution.store import Store
+from attribution.trust_file import TrustFile
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class LineageIndex:
         self.key = key
         self.path = path or home / "views" / "lineage.sqlite"
         self.private = PrivateRecords(home / "records")
-        self._stream = LeafStream(home / "log", key)
+        self._stream = LeafStream(home / "log", TrustFile(home).known_keys)
 
     @classmethod
     def open(cls, home: Path) -> "LineageIndex":
@@ -129,6 +130,7 @@ class LineageIndex:
         try:
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=NORMAL")  # a crash may lose the newest; the log has it
+            database.execute("PRAGMA secure_delete=ON")  # names of erased records leave no bytes behind
             database.execute("PRAGMA cache_size=-131072")
             database.execute("PRAGMA mmap_size=1073741824")
             if layout_of(database) != LAYOUT:

@@ -30,6 +30,7 @@ class Intake:
         self._names: list[tuple[str, int, str, int]] = []
         self._digests: list[tuple[bytes, str, int]] = []
         self._erased: list[bytes] = []
+        self._erases_rows = False
 
     def take(self, piece: Piece) -> None:
         """Write the leaves of a piece and what their records say."""
@@ -46,6 +47,8 @@ class Intake:
             self._append_children(parent, self._children[parent])
         for leaf_hash in self._erased:
             self._forget(leaf_hash)
+        if self._erased or self._erases_rows:
+            self._forget_rows()
 
     def _take(self, number: int, leaf_hash: bytes, leaf: dict[str, Any]) -> None:
         kind, commitment = leaf["kind"], leaf["commitment"]
@@ -106,6 +109,7 @@ class Intake:
         self._digests += [(bytes.fromhex(digest), role, number) for digest, role in facts.digests]
         if facts.erases is not None:
             self._erased.append(bytes.fromhex(facts.erases))
+        self._erases_rows = self._erases_rows or facts.erases_rows
         return facts.label
 
     def _append_kinds(self, first: int, codes: bytes) -> None:
@@ -147,7 +151,10 @@ class Intake:
         self._database.execute("UPDATE record SET label = NULL WHERE id = ?", (number,))
         for table in ("name", "digest"):
             self._database.execute(f"DELETE FROM {table} WHERE id = ?", (number,))
-        for table in ("row_state", "row", "kept"):  # read again from the tables that are left, when next asked for
+
+    def _forget_rows(self) -> None:
+        """They are read again from the tables that are left, when next asked for."""
+        for table in ("row_state", "row", "kept"):
             self._database.execute(f"DELETE FROM {table}")
 
 

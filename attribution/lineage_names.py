@@ -22,6 +22,7 @@ DIGITS = re.compile(r"[0-9a-fA-F]{6,64}")
 NUMBER = re.compile(r"[0-9]{1,5}")
 ROLE_ALIASES = {"refined": "refinement", "workflow": "workflow_patch", "benchmark_suite": "benchmark"}
 PUBLISHED, RECORD, DIGEST_ROLE, ROW, RECEIPT = "published", "record", "digest", "row", "receipt"
+KEY_ROTATION = "key_rotation"  # says a contributor's name once more
 MIN_ROW_DIGITS = 8  # as `trailmark dataset why` asks for
 MAX_CANDIDATES = 5
 MAX_COMPARED = 5000
@@ -107,7 +108,7 @@ def _named(graph: "LineageGraph", name: str, text: str, *, role: str | None = No
             return _publication(graph, published[max(published)], text)
     by_role: dict[str, list[int]] = {}
     for _, of_role, number in rows if not version else ():
-        if of_role != PUBLISHED and role in (None, of_role):
+        if of_role == role or (role is None and of_role not in (PUBLISHED, KEY_ROTATION)):
             by_role.setdefault(of_role, []).append(number)
     if len(by_role) > 1:
         ways = ", ".join(f"{one}:{name}" for one in sorted(by_role))

@@ -5,7 +5,7 @@ block: 100,000 rows side by side cost a refinement 13 kB. Tables are read when a
 """
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from attribution.lineage_facts import body_of
+from attribution.lineage_facts import ROW_REDACTION, body_of
 from attribution.lineage_index import size_of
 from attribution.lineage_layout import LineageError
 from attribution.lineage_names import MAX_CANDIDATES, ROW, Reference, digit_range
@@ -28,8 +28,9 @@ PREFIX = "sha256:"
 CONTRIBUTED_ID, KEPT_ID, DATASET = "contribution_id", "example_id", "dataset"
 NEW_TABLES = """
 SELECT id, leaf, commitment, name FROM record JOIN kind ON code = kind
-WHERE id >= ? AND name IN ('dataset', 'refinement') ORDER BY id
+WHERE id >= ? AND name IN ('dataset', 'refinement') AND label IS NOT NULL ORDER BY id
 """
+ROW_REDACTIONS = f"SELECT id, leaf, commitment FROM record JOIN kind ON code = kind WHERE name = '{ROW_REDACTION}'"
 
 
 def take_rows(database: sqlite3.Connection, private: "PrivateRecords", store: "Store") -> None:
@@ -38,15 +39,31 @@ def take_rows(database: sqlite3.Connection, private: "PrivateRecords", store: "S
     size = size_of(database)
     if start == size:
         return
-    intake = _RowIntake(database, next_row)
+    intake, follows = _RowIntake(database, next_row), _follows(database, private)
     for number, leaf, commitment, kind in database.execute(NEW_TABLES, (start,)).fetchall():
         data = private.read(number, leaf.hex())
-        table = None if data is None else _table(store, body_of(data, commitment.hex())["rows"])
+        table = None if data is None else _table(store, _left_of(body_of(data, commitment.hex())["rows"], follows))
         if table is not None and kind == "dataset" and CONTRIBUTED_ID in table.column_names:
             intake.take_dataset(number, table)
         elif table is not None and kind == "refinement" and KEPT_ID in table.column_names:
             intake.take_refinement(number, table)
     database.execute("INSERT OR REPLACE INTO row_state VALUES (1, ?, ?)", (size, intake.next_row))
+
+
+def _follows(database: sqlite3.Connection, private: "PrivateRecords") -> dict[str, str]:
+    """Which table took the place of which, when rows were erased."""
+    found: dict[str, str] = {}
+    for number, leaf, commitment in database.execute(ROW_REDACTIONS).fetchall():
+        data = private.read(number, leaf.hex())
+        rewritten = () if data is None else body_of(data, commitment.hex())["rewritten"]
+        found.update({rewrite["before"]: rewrite["after"] for rewrite in rewritten})
+    return found
+
+
+def _left_of(digest: str, follows: Mapping[str, str]) -> str:
+    while digest in follows:
+        digest = follows[digest]
+    return digest
 
 
 def resolve_row(graph: "LineageGraph", digits: str, text: str) -> Reference | None:

@@ -1,9 +1,12 @@
 """What was erased from the records leaves the view too."""
 
-from attribution.bodies import RedactionBody
+from collections.abc import Iterator
+
+from attribution.bodies import PublicationBody, RedactionBody
 from attribution.mlflow_context import ViewContext
 from attribution.mlflow_datasets import write_rows
 from attribution.mlflow_prompts import delete_version
+from attribution.mlflow_runs import registered_name
 from attribution.mlflow_server import TAG_LEAF
 from attribution.trail import Entry
 
@@ -19,6 +22,8 @@ def write_redaction(context: ViewContext, entry: Entry) -> None:
     model = server.find_model(leaf)
     if model is not None:
         server.client.delete_logged_model(model.model_id)
+    for name, version in _versions_of(context, leaf):
+        server.client.delete_model_version(name, version)
     kind = context.trail.entry(leaf).leaf.kind
     if kind == "prompt":
         delete_version(context, leaf)
@@ -43,3 +48,16 @@ def _renew_rows(context: ViewContext, leaf: str) -> None:
     refinement = context.trail.entry(leaf)
     if refinement.record is not None:
         write_rows(context, refinement)
+
+
+def _versions_of(context: ViewContext, leaf: str) -> Iterator[tuple[str, str]]:
+    """The registered versions whose model's record was erased."""
+    erased = context.trail.entry(leaf).leaf
+    digests = {subject.digest for subject in erased.subjects if subject.kind == erased.kind}
+    for entry in context.trail.entries(kind="publication") if digests else ():
+        body = entry.record.body if entry.record is not None else None
+        if isinstance(body, PublicationBody) and body.digest in digests:
+            name = registered_name(body.name)
+            version = context.server.find_version(name, entry.leaf_hash)
+            if version is not None:
+                yield name, version

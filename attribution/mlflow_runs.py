@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, PublicationBody, RefinementBody
+from attribution.erasure import remaining
 from attribution.mlflow_context import PAGE_FILE, ViewContext, metrics_at
 from attribution.mlflow_datasets import write_rows
 from attribution.mlflow_server import TAG_NOTE, create_once
@@ -201,7 +202,7 @@ def _training_metrics(context: ViewContext, body: AdapterBody) -> "Sequence[Metr
     from mlflow.entities import Metric
 
     try:
-        folder = context.trail.store.get_directory(body.trace, verify=False)
+        folder = context.trail.store.get_directory(remaining(context.trail, body.trace), verify=False)
     except StoreError:
         return []
     rows = pyarrow.parquet.read_table(folder / "steps.parquet", columns=["step", "lr", "loss", "time_us"]).to_pylist()

@@ -119,8 +119,8 @@ class MlflowServer:
             self.experiment_id = self.client.create_experiment(EXPERIMENT, tags=tags)
             return identity
         self.experiment_id = experiment.experiment_id
-        known_key = experiment.tags.get("trailmark.log")
-        if known_key != log_key:
+        known_key = experiment.tags.get("trailmark.log", "")
+        if known_key.partition("+")[0] != log_key.partition("+")[0]:  # the log's name stays when its key is rotated
             raise ViewRefused(
                 f"experiment {EXPERIMENT!r} at {self.uri} shows the log {known_key!r}, not this home's {log_key!r}; "
                 "give this home a MLflow server of its own (setting mlflow.port)"

@@ -64,6 +64,17 @@ class ReceiptIndex:
             query = "SELECT id FROM receipts ORDER BY time_us DESC, id DESC LIMIT ?"
             return [row[0] for row in database.execute(query, (count,))]
 
+    @property
+    def exists(self) -> bool:
+        """Whether the view was ever made."""
+        return self._path.is_file()
+
+    def all(self) -> dict[str, Place]:
+        """Return the place of every receipt, as the view has it."""
+        with self._caught_up() as database:
+            rows = database.execute("SELECT id, leaf_hash, inner_index FROM receipts").fetchall()
+        return {row[0]: Place(*row) for row in rows}
+
     def rebuild(self) -> int:
         """Drop the index, read it again from the log, and return the number of receipts."""
         self._remove()
@@ -110,6 +121,8 @@ class ReceiptIndex:
                         for index, row in enumerate(completion_rows(self._trail, entry))
                     ],
                 )
+            gone = [(leaf_hash,) for leaf_hash in self._trail.erasures()]
+            database.executemany("DELETE FROM receipts WHERE leaf_hash = ?", gone)
             size = self._trail.log.size
             last_leaf = self._trail.log.leaf_hash(size - 1)
             database.execute("INSERT OR REPLACE INTO cursor VALUES (1, ?, ?)", (size, last_leaf))

@@ -218,12 +218,13 @@ def receipt_bundle(trail: "Trail", receipt_id: str) -> dict[str, Any]:
     The lineage holds the records of adapter, publication and base model and all their ancestors, in log order.
     """
     from attribution.lineage import Lineage
+    from attribution.notices import prove_with_notices
 
     stored = _required(trail, receipt_id)
     rows = completion_rows(trail, trail.entry(stored.leaf_hash))
     path = _inner_tree(rows).inclusion_path(stored.inner_index)
     lineage = Lineage(trail).closure(_makers(trail, parse_receipt(stored.row.receipt), stored.leaf_hash))
-    record, *ancestors = trail.proofs([stored.leaf_hash, *lineage])
+    (record, *ancestors), notices = prove_with_notices(trail, [stored.leaf_hash, *lineage])
     return {
         "type": RECEIPT_BUNDLE_TYPE,
         "receipt": stored.row.receipt,
@@ -231,6 +232,7 @@ def receipt_bundle(trail: "Trail", receipt_id: str) -> dict[str, Any]:
         "inner": {"index": stored.inner_index, "size": stored.inner_size, "path": [node.hex() for node in path]},
         "record": record,
         "lineage": ancestors,
+        **notices,
     }
 
 

@@ -187,21 +187,22 @@ def named_subjects(record: Record) -> tuple[Subject, ...]:
     return tuple(dict.fromkeys(named))
 
 
-def record_to_envelope(record: Record, signer: Signer) -> bytes:
-    """Return the canonical bytes of the signed envelope of a record.
+def record_to_envelope(record: Record, signer: Signer, *cosigners: Signer) -> bytes:
+    """Return the canonical bytes of the signed envelope of a record, one signature for each key.
 
     RecordError when a field has the wrong type or the envelope would exceed 64 KB.
     """
-    return sign_record(record, signer)[0]
+    return sign_record(record, signer, *cosigners)[0]
 
 
-def sign_record(record: Record, signer: Signer) -> tuple[bytes, Record]:
+def sign_record(record: Record, signer: Signer, *cosigners: Signer) -> tuple[bytes, Record]:
     """As `record_to_envelope`, with the record as it will be read back from the envelope."""
     payload = canonical_json(statement_of(record))
     as_read = _record_of_statement(json.loads(payload))  # what could not be read back is not signed
-    signature = {"keyid": signer.key_id, "sig": b64encode(signer.sign(pre_auth_encoding(payload))).decode()}
+    message = pre_auth_encoding(payload)
+    signatures = [{"keyid": key.key_id, "sig": b64encode(key.sign(message)).decode()} for key in (signer, *cosigners)]
     envelope = canonical_json(
-        {"payload": b64encode(payload).decode(), "payloadType": PAYLOAD_TYPE, "signatures": [signature]}
+        {"payload": b64encode(payload).decode(), "payloadType": PAYLOAD_TYPE, "signatures": signatures}
     )
     if len(envelope) > MAX_ENVELOPE_BYTES:
         raise RecordError(
@@ -228,6 +229,11 @@ def signers_of(envelope: bytes, public_keys: Mapping[str, bytes]) -> tuple[str, 
         if key_id_of(public_bytes) != key_id or not verify_signature(public_bytes, signature, message):
             raise RecordError(f"signature: not made by key {key_id}, or the record was altered")
     return tuple(signatures)
+
+
+def key_ids_of(envelope: bytes) -> tuple[str, ...]:
+    """Return the key ids that an envelope says signed it, unchecked."""
+    return tuple(_open_envelope(envelope)[1])
 
 
 def pre_auth_encoding(payload: bytes) -> bytes:

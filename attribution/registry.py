@@ -6,10 +6,11 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from attribution.bodies import PublicationBody
+from attribution.log.facts import utc
 from configs.errors import UserError
 
 if TYPE_CHECKING:
-    from attribution.trail import Trail
+    from attribution.trail import Erasure, Trail
 
 REFERENCE = re.compile(r"(?P<name>[^@]+)(?:@(?P<version>[1-9][0-9]*))?")
 PUBLISHED_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?")
@@ -56,6 +57,7 @@ class Registry:
         RegistryError names near matches.
         """
         published = self.list(kind)
+        self._require_not_erased(reference)
         match = REFERENCE.fullmatch(reference)
         if reference.startswith("sha256:"):
             found = [item for item in published if item.digest == reference]
@@ -70,10 +72,12 @@ class Registry:
         return max(found, key=lambda item: (item.version, item.time_us))
 
     def list(self, kind: str | None = None) -> list[Published]:
-        """Return all published versions, by name and version."""
+        """Return all published versions whose artefact was not erased, by name and version."""
         with self._mutex:
             self._catch_up()
-            items = [item for versions in self._versions.values() for item in versions.values()]
+            gone = self._erased_digests()
+            versions = [item for versions in self._versions.values() for item in versions.values()]
+            items = [item for item in versions if item.digest not in gone]
         return sorted(
             (item for item in items if kind is None or item.kind == kind), key=lambda item: (item.name, item.version)
         )
@@ -95,6 +99,31 @@ class Registry:
             raise RegistryError(
                 f"{taken.reference}: published already as {taken.digest}; use version {self.next_version(name)}"
             )
+
+    def _erased_digests(self) -> dict[str, "Erasure"]:
+        """Adapters and base models (their digests stand in the headers) whose records were erased."""
+        erasures = self._trail.erasures()
+        if not erasures:
+            return {}
+        entries = [(self._trail.entry(leaf_hash), erasure) for leaf_hash, erasure in erasures.items()]
+        return {
+            subject.digest: erasure
+            for entry, erasure in entries
+            for subject in entry.leaf.subjects
+            if subject.kind == entry.leaf.kind and self._trail.find(subject.digest) is None
+        }
+
+    def _require_not_erased(self, reference: str) -> None:
+        """Say so when a name or digest means something that was erased."""
+        gone = self._erased_digests()
+        for versions in self._versions.values():
+            for item in versions.values():
+                if item.digest in gone and reference in (item.reference, item.digest):
+                    erasure = gone[item.digest]
+                    raise RegistryError(
+                        f"{item.reference}: its {item.kind} was erased on {utc(erasure.time_us)[:10]} because: "
+                        f"{erasure.reason}"
+                    )
 
     def _catch_up(self) -> None:
         self._trail.refresh()

@@ -3,11 +3,12 @@
 The record binds the P-256 key and the signature to the operator's Ed25519 key: trust.json is all a reader trusts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attribution.bodies import ModelSignatureBody
+from attribution.log.proved import VerifyError
 from attribution.model_signature import (
     ALGORITHM,
     FORMAT,
@@ -16,9 +17,11 @@ from attribution.model_signature import (
     sign_model,
     verify_model,
 )
-from attribution.records import Artefact, Party, RecordError, signers_of
+from attribution.records import Artefact, Party
 
 if TYPE_CHECKING:
+    from attribution.log.key_history import KeyHistory
+    from attribution.log.trust import Trust
     from attribution.trail import Draft, Entry, Trail
 
 KIND = "model_signature"
@@ -35,18 +38,22 @@ class SignedModel:
 class SignedModels:
     """The newest model signature of each artefact; every call catches up with the log."""
 
-    def __init__(self, trail: "Trail", operators: Mapping[str, bytes]) -> None:
-        """`operators`: the keys (id -> 32 bytes) whose records count; others' are passed over."""
-        self._trail, self._operators = trail, operators
+    def __init__(self, trail: "Trail", trust: "Trust") -> None:
+        """Records count when an operator's key that was good at their time signed them; others' are passed over."""
+        self._trail, self._trust = trail, trust
         self._newest: dict[str, SignedModel] = {}
-        self._cursor = 0
+        self._cursor = self._num_notices = 0
 
     def of(self, digest: str) -> SignedModel | None:
         """Return the signature of an artefact, None when it has none."""
         self._trail.refresh()
         size = self._trail.log.size
+        notices = self._trail.notices()
+        if len(notices) != self._num_notices:  # what a key signed may not count any more
+            self._newest, self._cursor, self._num_notices = {}, 0, len(notices)
+        keys = self._keys(notices) if self._cursor < size else None
         for entry in self._trail.entries(start=self._cursor, kind=KIND):
-            if entry.record is not None and isinstance(entry.record.body, ModelSignatureBody) and self._counts(entry):
+            if entry.record is not None and isinstance(entry.record.body, ModelSignatureBody) and _counts(entry, keys):
                 self._newest[entry.record.body.digest] = SignedModel(entry.leaf_hash, entry.record.body)
         self._cursor = size
         return self._newest.get(digest)
@@ -69,12 +76,21 @@ class SignedModels:
         verify_model(bundle, manifest, public_pem=signed.body.public_key)
         return signed
 
-    def _counts(self, entry: "Entry") -> bool:
-        assert entry.envelope is not None, "an entry with a record has its envelope"
-        try:
-            return bool(signers_of(entry.envelope, self._operators))
-        except RecordError:
-            return False
+    def _keys(self, notices: "Sequence[Entry]") -> "KeyHistory":
+        """The keys as the log's own records have them by now."""
+        history = self._trust.history()
+        for notice in notices:
+            if notice.record is not None and notice.envelope is not None:
+                history.learn(notice.index, notice.record, notice.envelope)
+        return history
+
+
+def _counts(entry: "Entry", keys: "KeyHistory | None") -> bool:
+    assert keys is not None and entry.record is not None and entry.envelope is not None, "there is a new entry"
+    try:
+        return bool(keys.check(entry.index, entry.record, entry.envelope, KIND))
+    except VerifyError:
+        return False
 
 
 def signature_draft(trail: "Trail", digest: str) -> "Draft | Artefact":

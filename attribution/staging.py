@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from attribution.bodies import Body, ContributorBody, PublicationBody
+from attribution.bodies import Body, ContributorBody, KeyRotationBody, PublicationBody
+from attribution.key_changes import KeyChanges
 from attribution.keys import SigningKey
 from attribution.log.merkle import hash_leaf
 from attribution.provenance import code_identity, environment_digest
@@ -37,6 +38,7 @@ class Draft:
     attempt: int = 1
     parent_attempt: str | None = None
     time_us: int | None = None
+    cosigners: Sequence[SigningKey] = ()
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,12 @@ class Staged:
 
 
 class Makers:
-    """Which record made an artefact last, and which introduced a contributor's key."""
+    """Which record made an artefact last, which introduced a contributor's key, and which keys may sign no more."""
 
     def __init__(self) -> None:
         self.newest_output: dict[str, str] = {}  # artefact digest -> leaf hash
         self.contributor: dict[str, str] = {}  # key id -> leaf hash
+        self.key_changes = KeyChanges()
 
     def add(self, record: Record, leaf_hash: str) -> None:
         """Take a record in."""
@@ -69,6 +72,9 @@ class Makers:
             return
         if isinstance(record.body, ContributorBody):
             self.contributor[record.body.key_id] = leaf_hash
+        elif isinstance(record.body, KeyRotationBody) and record.body.old_key_id in self.contributor:
+            self.contributor[record.body.key_id] = self.contributor[record.body.old_key_id]
+        self.key_changes.take_in(record.body)
         self.newest_output.update({output.digest: leaf_hash for output in record.outputs})
 
 
@@ -97,7 +103,7 @@ class Group:
         staged: list[Staged] = []
         last_time_us = self._last_time_us
         for draft in drafts:
-            last_time_us = max(last_time_us, time.time_ns() // 1000 if draft.time_us is None else draft.time_us)
+            last_time_us = max(last_time_us, now_us() if draft.time_us is None else draft.time_us)
             if isinstance(draft.body, PublicationBody):
                 self._require_unpublished(draft.body, published)
             item = self._stage(draft, last_time_us, made, {earlier.leaf_hash for earlier in staged})
@@ -123,7 +129,9 @@ class Group:
         for parent in parents:
             if not (parent in own or parent in self._hashes or self._is_logged(parent)):
                 raise TrailError(f"parent {parent}: not in this log; a parent is recorded before its child")
-        envelope, record = sign_record(record_of(draft, time_us=time_us), signer)
+        for key in (signer, *draft.cosigners):
+            self._makers.key_changes.require_usable(key, draft.kind, time_us)
+        envelope, record = sign_record(record_of(draft, time_us=time_us), signer, *draft.cosigners)
         salt = secrets.token_bytes(SALT_BYTES)
         leaf = build_leaf(record, envelope, salt=salt, parents=parents)
         leaf_bytes = leaf.to_bytes()
@@ -137,6 +145,11 @@ class Group:
         if draft.kind != "contributor" and signer.key_id in self._makers.contributor:
             found.append(self._makers.contributor[signer.key_id])
         return tuple(dict.fromkeys(found))
+
+
+def now_us() -> int:
+    """Return the time in microseconds since 1970."""
+    return time.time_ns() // 1000
 
 
 def record_of(draft: Draft, *, time_us: int) -> Record:

@@ -101,6 +101,16 @@ class Store:
         """Return whether a blob or directory of that digest is here."""
         return self._blob_path(digest).exists() or self._directory_path(digest).exists()
 
+    def delete(self, digest: str) -> None:
+        """Remove a blob or directory for good; nothing happens when it is not here."""
+        self._blob_path(digest).unlink(missing_ok=True)
+        folder = self._directory_path(digest)
+        if folder.exists():
+            doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".gone-")) / folder.name
+            folder.rename(doomed)  # in one step, so that no half of it is found under its name
+            self._disk.sync_directory(folder.parent)
+            shutil.rmtree(doomed.parent)
+
     def put_directory(self, path: Path, *, kind: str, meta: Mapping[str, Any]) -> str:
         """Copy a folder's files and return the digest of their manifest; durable when this returns.
 

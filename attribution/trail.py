@@ -7,20 +7,21 @@ Threads that append at once share one such commit.
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from attribution.bodies import Body
+from attribution.bodies import NOTICE_KINDS, Body, RedactionBody
 from attribution.canonical import canonical_json
 from attribution.disk import REAL, Disk, make_directory, write_atomically
 from attribution.group_commit import GroupCommit
+from attribution.key_changes import finish_rotations
 from attribution.keys import KeyRing, SigningKey
 from attribution.log.note import NoteKey, Signs
 from attribution.log.published import TILES, published_proofs
-from attribution.log.sequencer import Appender, Log, file_lock, refusing
+from attribution.log.sequencer import Appender, Log, OutcomeUnknown, file_lock, refusing
 from attribution.private_records import PrivateRecords
 from attribution.provenance import environment_digest, environment_manifest
 from attribution.records import (
@@ -35,25 +36,42 @@ from attribution.records import (
     record_from_envelope,
 )
 from attribution.registry import Registry
-from attribution.staging import ALIAS_KINDS, UNINDEXED_KINDS, Draft, Group, Makers, Staged, TrailError, record_of
+from attribution.staging import (
+    ALIAS_KINDS,
+    UNINDEXED_KINDS,
+    Draft,
+    Group,
+    Makers,
+    Staged,
+    TrailError,
+    now_us,
+    record_of,
+)
 from attribution.store import Store
+from attribution.trust_file import LOG_KEY, OPERATOR, TRUST_FILE, TRUST_VERSION, TrustFile
 from configs.env import home as default_home
 
 if TYPE_CHECKING:
     import pyarrow
 
-OPERATOR, LOG_KEY = "operator", "log"
-TRUST_FILE = "trust.json"
-TRUST_VERSION = 1
 MAX_GROUP = 512  # callers whose records share one commit
 
-__all__ = ["Draft", "Entry", "Trail", "TrailError", "is_leaf", "record_of"]
+__all__ = ["Draft", "Entry", "Erasure", "Trail", "TrailError", "is_leaf", "now_us", "record_of"]
 
 
 class Configuration(Protocol):
     """What `run_config` needs of a pydantic model."""
 
     def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """Why a record, or rows of its tables, are gone: the redaction that says so."""
+
+    leaf_hash: str
+    time_us: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,7 @@ class Entry:
     record: Record | None
     envelope: bytes | None
     salt: bytes | None
+    erasure: Erasure | None = None
 
 
 class Trail:
@@ -84,6 +103,9 @@ class Trail:
         self._makers = Makers()
         self._indexed = 0
         self._has_environment = False
+        self._notices: list[int] = []  # indices of what bears on earlier records
+        self._erasures: dict[str, Erasure] = {}
+        self._num_notices_read = 0
 
     @classmethod
     def open(
@@ -104,11 +126,12 @@ class Trail:
                 raise TrailError(f"home {home}: holds no trail; set TRAILMARK_HOME, or contribute rows to start one")
             with refusing(home):
                 _create(home, disk)
-        trust = json.loads((home / TRUST_FILE).read_text(encoding="utf-8"))
-        keys = KeyRing(home)
-        signer = log_signer or (keys.get(LOG_KEY) if keys.has(LOG_KEY) else None)
-        log = Log(home / "log", NoteKey.parse(trust["log"]), signer=signer, is_leaf=is_leaf, disk=disk)
-        return cls(home, log, disk=disk)
+        trust = TrustFile(home, log_signer=log_signer)
+        keys = trust.log_keys()
+        log = Log(home / "log", keys.key, signer=keys.signer, is_leaf=is_leaf, keys=trust.log_keys, disk=disk)
+        trail = cls(home, log, disk=disk)
+        finish_rotations(trail)
+        return trail
 
     def record(
         self,
@@ -144,14 +167,33 @@ class Trail:
         )
         return self.record_many([draft])[0]
 
-    def record_many(self, drafts: Sequence[Draft]) -> list[Entry]:
-        """Append several records, all or none, and return their entries; they share a commit with other threads'."""
+    def record_many(self, drafts: Sequence[Draft], *, then: Callable[[Appender], None] | None = None) -> list[Entry]:
+        """Append several records, all or none, and return their entries; they share a commit with other threads'.
+
+        With `then` they have one of their own: it runs once they are durable, before anybody else may append.
+        """
         if not drafts:
             return []
-        return self._commits.submit(tuple(drafts))
+        finish_rotations(self)
+        if then is None:
+            return self._commits.submit(tuple(drafts))
+        with self.mutex, self.log.exclusive() as appender:
+            (outcome,) = self._append_group(appender, [drafts])
+            if isinstance(outcome, Exception):
+                raise outcome
+            try:
+                then(appender)
+            except OSError as error:
+                raise OutcomeUnknown(
+                    f"home {self.home}: {error}; the records are in the log, but what follows from them is not done yet"
+                ) from error
+            return outcome
 
     def delete_record(self, leaf_hash: str) -> bool:
-        """Remove a record and its salt for good; return whether they were there. Its leaf and all proofs stay."""
+        """Remove a record and its salt for good; return whether they were there. Its leaf and all proofs stay.
+
+        For `erasure`, after the redaction.
+        """
         with self.mutex, self.log.exclusive():
             return self.private.erase(self.entry_index(leaf_hash), leaf_hash)
 
@@ -183,7 +225,30 @@ class Trail:
         with self.mutex:
             self._index()
             leaf_hash = self._makers.newest_output.get(digest)
+            if leaf_hash is not None and self.entry(leaf_hash).record is None:  # erased since: an older maker may stand
+                self._makers.newest_output.clear()
+                self._indexed = 0
+                self._index()
+                leaf_hash = self._makers.newest_output.get(digest)
         return None if leaf_hash is None else self.entry(leaf_hash)
+
+    def notices(self) -> list[Entry]:
+        """Return the records that bear on earlier ones: keys rotated or revoked, records or rows erased."""
+        self._read_leaves()
+        return [self._entry(index) for index in list(self._notices)]
+
+    def erasures(self) -> dict[str, Erasure]:
+        """Return what was erased: leaf hash -> the redaction that says why."""
+        self._read_leaves()
+        with self.mutex:
+            while self._num_notices_read < len(self._notices):
+                index = self._notices[self._num_notices_read]
+                self._num_notices_read += 1  # first: a redaction that is gone itself asks here why
+                entry = self._entry(index) if self._leaves[index].kind == "redaction" else None
+                if entry is not None and entry.record is not None and isinstance(entry.record.body, RedactionBody):
+                    body = entry.record.body
+                    self._erasures.setdefault(body.leaf, Erasure(entry.leaf_hash, entry.leaf.time_us, body.reason))
+            return dict(self._erasures)
 
     def entry_index(self, leaf_hash: str) -> int:
         """Return the index of a leaf hash; TrailError when it is not in the log."""
@@ -254,18 +319,21 @@ class Trail:
     def _commit(self, requests: Sequence[Sequence[Draft]]) -> list[list[Entry] | Exception]:
         """Append the records of several callers as one group; what one of them cannot record fails alone."""
         with self.mutex, self.log.exclusive() as appender:
-            self._store_environment()
-            self._index()
-            group = Group(
-                self._makers,
-                last_time_us=self._leaves[-1].time_us if self._leaves else 0,
-                operator=lambda: self.keys.get(OPERATOR),
-                is_logged=self._is_logged,
-                require_free=self.registry.require_free,
-            )
-            staged = [_outcome(group, drafts) for drafts in requests]
-            entries = iter(self._append(appender, group.staged))
-            return [item if isinstance(item, Exception) else [next(entries) for _ in item] for item in staged]
+            return self._append_group(appender, requests)
+
+    def _append_group(self, appender: Appender, requests: Sequence[Sequence[Draft]]) -> list[list[Entry] | Exception]:
+        self._store_environment()
+        self._index()
+        group = Group(
+            self._makers,
+            last_time_us=self._leaves[-1].time_us if self._leaves else 0,
+            operator=lambda: self.keys.get(OPERATOR),
+            is_logged=self._is_logged,
+            require_free=self.registry.require_free,
+        )
+        staged = [_outcome(group, drafts) for drafts in requests]
+        entries = iter(self._append(appender, group.staged))
+        return [item if isinstance(item, Exception) else [next(entries) for _ in item] for item in staged]
 
     def _append(self, appender: Appender, staged: Sequence[Staged]) -> list[Entry]:
         """Write the private halves, then the leaves; return the entries, durable."""
@@ -283,7 +351,7 @@ class Trail:
             raise
         for item in staged:
             self._makers.add(item.record, item.leaf_hash)
-        self._leaves += [item.leaf for item in staged]
+            self._take_leaf(item.leaf)
         self._indexed = len(self._leaves)
         return [
             Entry(first + offset, item.leaf_hash, item.leaf, item.record, item.envelope, item.salt)
@@ -298,8 +366,13 @@ class Trail:
         with self.mutex:
             self.log.refresh()
             for data in self.log.leaves(len(self._leaves), self.log.size):
-                self._leaves.append(Leaf.from_json(json.loads(data)))
+                self._take_leaf(Leaf.from_json(json.loads(data)))
             return len(self._leaves)
+
+    def _take_leaf(self, leaf: Leaf) -> None:
+        if leaf.kind in NOTICE_KINDS:
+            self._notices.append(len(self._leaves))
+        self._leaves.append(leaf)
 
     def _index(self) -> None:
         """Take new records into the maps that find parents."""
@@ -319,7 +392,7 @@ class Trail:
         leaf, leaf_hash = self._leaves[index], self.log.leaf_hash(index)
         private = self.private.read(index, leaf_hash)
         if private is None:
-            return Entry(index, leaf_hash, leaf, None, None, None)
+            return Entry(index, leaf_hash, leaf, None, None, None, self.erasures().get(leaf_hash))
         try:
             value = parse_canonical(private, "private record")
             envelope, salt = canonical_json(value["envelope"]), bytes.fromhex(value["salt"])

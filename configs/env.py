@@ -5,6 +5,7 @@ Every other module is handed values; this file lists each variable that changes 
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def cache_home() -> Path:
     if explicit:
         return Path(explicit).expanduser().resolve()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trailmark"
+
+
+def key_passphrase() -> str | None:
+    """Return the passphrase of signing keys, $TRAILMARK_KEY_PASSPHRASE, None when it is not set."""
+    return os.environ.get("TRAILMARK_KEY_PASSPHRASE")
+
+
+def is_interactive() -> bool:
+    """Return whether there is a terminal to ask at."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def set_variables(values: dict[str, str]) -> None:

@@ -131,8 +131,8 @@ class Rehearsal(Trail):
         self.home = scratch
         self.store = Store(scratch / "store")
 
-    def record_many(self, drafts: Sequence[Draft]) -> list[Entry]:
-        """Return what would be recorded; append nothing."""
+    def record_many(self, drafts: Sequence[Draft], *, then: object = None) -> list[Entry]:
+        """Return what would be recorded; append nothing and run nothing after it."""
         return [self._unrecorded(draft) for draft in drafts]
 
     def _unrecorded(self, draft: Draft) -> Entry:

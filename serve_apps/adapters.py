@@ -57,7 +57,7 @@ def signature_check(trail: Trail, policy: Literal["off", "present", "required"])
     """
     if policy == "off":
         return lambda digest: None
-    signed = SignedModels(trail, Trust.load(trail.home / TRUST_FILE).keys)
+    signed = SignedModels(trail, Trust.load(trail.home / TRUST_FILE))
     return lambda digest: signed.check(digest, is_required=policy == "required")
 
 

@@ -304,7 +304,7 @@ def _proofs(trail: "Trail", lineage: Lineage, leaves: Iterable[str]) -> tuple[di
 def _log_state(trail: "Trail") -> LogState:
     trail.refresh()
     note = trail.log.checkpoint
-    checkpoint = open_checkpoint(note, trail.log.key)
+    checkpoint = open_checkpoint(note, *trail.log.known_keys)
     newest = trail.entry(checkpoint.size - 1).leaf
     # Witnesses may add their lines at any time; the log's own makes the same text for the same tree.
     text, _, lines = note.rpartition("\n\n")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from attribution.erasure import remaining
 from attribution.influence.answer import Attribution, BaselineRank, ContributorPart, ExamplePart, Gain
 from attribution.influence.bm25 import Ranked, bm25_ranking, random_ranking
 from attribution.influence.scores import (
@@ -199,7 +200,7 @@ def _base_reason(gain: Gain) -> str:
 
 
 def _trace_of(trail: "Trail", adapter: str, models: "AdapterModels") -> Trace | None:
-    digest = trail.store.manifest(adapter).meta.get("trace")
+    digest = remaining(trail, str(trail.store.manifest(adapter).meta.get("trace") or ""))
     if not digest or not trail.store.has(digest):
         return None
     return Trace(models.folder(trail.store, digest))

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from attribution.bodies import ContributorBody, DatasetBody, RefinementBody
+from attribution.bodies import ContributorBody, DatasetBody, KeyRotationBody, RefinementBody
 from attribution.log.proved import ProvedRecord
 from attribution.receipts import Receipt
 from attribution.records import to_plain
@@ -49,9 +49,14 @@ def contributors(records: Iterable[ProvedRecord]) -> list[dict[str, Any]]:
 
     `num_rows` are the rows of the datasets the contributor signed, `num_kept` those that the refinements kept.
     """
+    records = list(records)
     found: dict[str, dict[str, Any]] = {}
+    rotations = [item.record.body for item in records if item.record is not None]
+    first = {body.key_id: body.old_key_id for body in rotations if isinstance(body, KeyRotationBody)}
 
     def of(key_id: str) -> dict[str, Any]:
+        while key_id in first:  # one person, however often the key was rotated
+            key_id = first[key_id]
         return found.setdefault(key_id, {"name": "", "key_id": key_id, "num_rows": 0, "num_kept": 0})
 
     for item in records:

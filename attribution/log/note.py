@@ -226,9 +226,9 @@ def sign_checkpoint(checkpoint: Checkpoint, signer: Signs) -> str:
     return sign_note(checkpoint.text(), name=checkpoint.origin, signer=signer)
 
 
-def open_checkpoint(note: str, key: NoteKey) -> Checkpoint:
-    """Return the checkpoint of a note signed by the log `key`; its origin must be the key's name."""
-    checkpoint = Checkpoint.parse(open_note(note, [key]))
+def open_checkpoint(note: str, key: NoteKey, *former: NoteKey) -> Checkpoint:
+    """Return the checkpoint of a note signed by the log `key`, or one it had before; the origin is the key's name."""
+    checkpoint = Checkpoint.parse(open_note(note, [key, *former]))
     if checkpoint.origin != key.name:
         raise NoteError(f"checkpoint: origin {checkpoint.origin!r} is not the trusted log {key.name!r}")
     return checkpoint

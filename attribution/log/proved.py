@@ -24,7 +24,7 @@ class ProvedRecord:
     leaf_hash: str
     leaf: Leaf
     record: Record | None
-    signers: tuple[str, ...]
+    signers: tuple[str, ...] = ()
 
     def makes(self, *digests: str | None) -> bool:
         """Return whether one of the digests is an output; an erased record is judged by its header."""

@@ -21,6 +21,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,6 +68,15 @@ REMEDIES = {
 }
 
 
+@dataclass(frozen=True)
+class LogKeys:
+    """The log's key, its private half if this home has it, and the keys it had before (newest first)."""
+
+    key: NoteKey
+    signer: Signs | None
+    former: tuple[NoteKey, ...] = ()
+
+
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive flock on a file, which is made when missing.
@@ -85,7 +95,8 @@ class Log:
     """One transparency log: catches up with other processes' appends, appends its own, proves inclusion.
 
     All leaf hashes are kept in memory (about 150 bytes a leaf with the tree and the index); leaves stay on disk.
-    `is_leaf` tells whole leaves from garbage when a crash left bytes beyond the checkpoint.
+    `is_leaf` tells whole leaves from garbage when a crash left bytes beyond the checkpoint. `keys` is asked at each
+    look at the log, for another process may have rotated its key; without it, `key` and `signer` stand.
     """
 
     def __init__(
@@ -95,11 +106,12 @@ class Log:
         *,
         signer: Signs | None,
         is_leaf: Callable[[bytes], bool],
+        keys: Callable[[], LogKeys] | None = None,
         disk: Disk = REAL,
     ) -> None:
         self.directory = directory
-        self.key = key
-        self._signer = signer
+        self._keys = keys or (lambda: LogKeys(key, signer))
+        self._take_keys()
         self._is_leaf = is_leaf
         self._disk = disk
         self._fence = Fence(directory, disk=disk)
@@ -109,7 +121,7 @@ class Log:
         self._index_of: dict[str, int] = {}
         self._note = ""
         self.refresh()
-        if signer is not None and self._entries_bytes() > self._offsets[-1]:
+        if self._signer is not None and self._entries_bytes() > self._offsets[-1]:
             with suppress(LogError, FencedError), self.exclusive():  # what cannot be written can be read all the same
                 pass
 
@@ -133,6 +145,11 @@ class Log:
     def checkpoint(self) -> str:
         """The signed note over the leaves known so far."""
         return self._note
+
+    @property
+    def known_keys(self) -> tuple[NoteKey, ...]:
+        """The log's key and those it had before, newest first."""
+        return (self.key, *self._former)
 
     def root(self, size: int | None = None) -> bytes:
         """Return the root of the first `size` leaves (all by default)."""
@@ -183,8 +200,9 @@ class Log:
             note = self._read_checkpoint()
             if note == self._note:
                 return
+            self._take_keys()
             try:
-                checkpoint = open_checkpoint(note, self.key)
+                checkpoint = open_checkpoint(note, *self.known_keys)
             except NoteError as error:
                 raise LogError(f"log {self.directory}: {error}; the checkpoint is not this log's") from error
             if checkpoint.size < self.size:
@@ -196,6 +214,12 @@ class Log:
             self._extend(leaves, checkpoint, note)
 
     @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from appending for the time of the block, without appending oneself."""
+        with self._mutex, refusing(self.directory), file_lock(self.directory / LOCK):
+            yield
+
+    @contextmanager
     def exclusive(self) -> Iterator["Appender"]:
         """Hold the log for writing, caught up and clear of any torn tail; yield what appends to it.
 
@@ -204,11 +228,12 @@ class Log:
             FencedError: another writer took over since this one did, or one on another machine holds the log.
             LogDiskError: the disk is full, read-only or failing.
         """
-        if self._signer is None:
-            raise LogError(f"log {self.directory}: no log key in this home, so it can only be read")
         with self._mutex, refusing(self.directory), file_lock(self.directory / LOCK):
             self._fence.check()
             self.refresh()
+            self._take_keys()
+            if self._signer is None:
+                raise LogError(f"log {self.directory}: no log key in this home, so it can only be read")
             appender = Appender(self, self._signer)
             if self._entries_bytes() > self._offsets[-1]:
                 self._recover(appender)
@@ -223,6 +248,10 @@ class Log:
         """Give up what `take_over` took, so that any machine may append again. FencedError when it was lost."""
         with self._mutex, refusing(self.directory), file_lock(self.directory / LOCK):
             self._fence.release()
+
+    def _take_keys(self) -> None:
+        keys = self._keys()
+        self.key, self._signer, self._former = keys.key, keys.signer, keys.former
 
     def _recover(self, appender: "Appender") -> None:
         """Keep the whole leaves that a crash left beyond the checkpoint, cut the rest."""
@@ -336,6 +365,18 @@ class Appender:
                     f"log {log.directory}: {error}; {len(leaves)} records may be in the log all the same: "
                     "look for them with `trailmark log show` before you record them again"
                 ) from error
+
+    def sign_anew(self) -> None:
+        """Put the log's new key under the same tree: the last act of a rotation. OutcomeUnknown when the disk fails."""
+        self._log._take_keys()
+        assert self._log._signer is not None, "who rotates the log's key has it"
+        self._signer = self._log._signer
+        try:
+            self.publish(())
+        except OSError as error:
+            raise OutcomeUnknown(
+                f"log {self._log.directory}: {error}; the key was rotated all the same, and signs with the next append"
+            ) from error
 
     def publish(self, leaves: Sequence[bytes], file: NewFile | None = None) -> None:
         """Sign and store the checkpoint that adds `leaves`, durable among the entries already."""

@@ -5,7 +5,7 @@ read (at most 64 hashes) and where the next leaf begins. Whoever keeps that `Mar
 leaves alone, and a log that was altered, cut or swapped does not lead from the mark to the checkpoint.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +52,10 @@ class Piece:
 class LeafStream:
     """The leaves of the log in a directory, as far as its checkpoint goes."""
 
-    def __init__(self, directory: Path, key: NoteKey) -> None:
+    def __init__(self, directory: Path, keys: Callable[[], Sequence[NoteKey]]) -> None:
+        """`keys` is asked at each new checkpoint for the log's key and those before it: another may have taken over."""
         self.directory = directory
-        self._key = key
+        self._keys = keys
         self._opened: tuple[str, Checkpoint] | None = None
 
     def checkpoint(self) -> Checkpoint:
@@ -65,7 +66,7 @@ class LeafStream:
             raise LogError(f"log {self.directory}: no {CHECKPOINT}; restore it from a copy") from error
         if self._opened is None or self._opened[0] != note:
             try:
-                self._opened = note, open_checkpoint(note, self._key)
+                self._opened = note, open_checkpoint(note, *self._keys())
             except NoteError as error:
                 raise LogError(f"log {self.directory}: {error}; the checkpoint is not this log's") from error
         return self._opened[1]

@@ -7,12 +7,15 @@ import gzip
 import http.client
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from attribution.log.key_history import KeyHistory, LogKey
 from attribution.log.merkle import MerkleError, verify_consistency, verify_inclusion
-from attribution.log.note import Checkpoint, NoteError, NoteKey, open_checkpoint
+from attribution.log.note import Checkpoint, NoteError, NoteKey
 from attribution.log.proof import format_proof
+from attribution.log.proved import VerifyError
 from attribution.log.tiles import TILE_WIDTH, Folder, Source, TilesError, TileTree
 
 TIMEOUT_S = 10.0
@@ -63,19 +66,19 @@ def source_of(text: str) -> Source:
 
 
 class TileLog:
-    """A log as its static files show it; `key` is the log's."""
+    """A log as its static files show it; `key` is the log's, `former` are those it had before, each up to its time."""
 
-    def __init__(self, source: Source, key: NoteKey) -> None:
+    def __init__(self, source: Source, key: NoteKey, *, former: Sequence[LogKey] = ()) -> None:
         self._source = source
         data = source.read("checkpoint")
         if data is None:
             raise TilesError(f"{source}: no checkpoint here; give the folder or address that holds `checkpoint`")
         try:
             self.note = data.decode()
-            self.checkpoint: Checkpoint = open_checkpoint(self.note, key)
-        except (NoteError, UnicodeDecodeError) as error:
+            self._keys = KeyHistory((), (LogKey(key), *former))
+            self.checkpoint: Checkpoint = self._keys.open_checkpoint(self.note)[0]
+        except (NoteError, VerifyError, UnicodeDecodeError) as error:
             raise TilesError(f"{source}: {error}") from error
-        self._key = key
         self._tree = TileTree(source, self.checkpoint.size)
 
     def entry(self, index: int) -> FetchedEntry:
@@ -99,8 +102,8 @@ class TileLog:
             TilesError: it is not: the log has forked or was rolled back.
         """
         try:
-            old = open_checkpoint(older, self._key)
-        except NoteError as error:
+            old = self._keys.open_checkpoint(older)[0]
+        except (NoteError, VerifyError) as error:
             raise TilesError(f"older checkpoint: {error}") from error
         new = self.checkpoint
         if old.size > new.size:

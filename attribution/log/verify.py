@@ -9,14 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from attribution.bodies import CompletionsBody, ContributorBody
-from attribution.keys import PUBLIC_KEY_BYTES, key_id_of
+from attribution.bodies import NOTICE_KINDS, CompletionsBody
 from attribution.log.facts import receipt_facts, record_facts, utc
+from attribution.log.key_history import KeyHistory, LogKey
 from attribution.log.merkle import MerkleError, hash_leaf, root_from_inclusion
-from attribution.log.note import Checkpoint, NoteError, NoteKey
-from attribution.log.policy import Cosigned, Policy, PolicyError
+from attribution.log.note import Checkpoint, NoteError
+from attribution.log.notices import notice_checks
+from attribution.log.policy import Cosigned, PolicyError
 from attribution.log.proof import parse_proof
 from attribution.log.proved import ProvedRecord, VerifyError
+from attribution.log.trust import Trust
 from attribution.receipts import (
     RECEIPT_BUNDLE_TYPE,
     Receipt,
@@ -34,75 +36,13 @@ from attribution.records import (
     named_subjects,
     parse_strict,
     record_from_envelope,
-    signers_of,
 )
 
 RECORD_BUNDLE_TYPE = "https://trailmark.dev/record-proof/v1"
 RECORD_PROOF_FIELDS = frozenset({"envelope", "salt", "leaf", "proof"})
-CONTRIBUTOR_KINDS = frozenset({"contributor", "dataset", "prompt", "retrieval", "workflow_patch", "approval"})
 MAX_FILE_BYTES = 64 << 20
 MAX_LINEAGE = 10_000
 TAKE_AGAIN = "; if the record is new, take its proof again in a few seconds"
-TRUST_VERSION = 1
-TRUST_FIELDS = ("keys", "log", "policy", "version")
-
-
-@dataclass(frozen=True)
-class Trust:
-    """Whom the reader trusts: the log's key for checkpoints, the operator's keys (id -> 32 bytes) for records.
-
-    `policy`, when there is one, names the witnesses and how many of them must have cosigned the checkpoint.
-    """
-
-    log: NoteKey
-    keys: Mapping[str, bytes]
-    policy: Policy | None = None
-
-    @classmethod
-    def load(cls, path: Path) -> "Trust":
-        """Return the trust of a JSON file.
-
-        {"version": 1, "log": verifier key, "keys": {key id: public key in hex}, "policy": tlog-policy text, optional}
-        """
-        try:
-            value = parse_strict(path.read_bytes(), "trust")
-        except FileNotFoundError as error:
-            raise VerifyError("keys", f"{path}: not found; give the log's trust.json with --keys FILE") from error
-        except RecordError as error:
-            raise VerifyError("keys", f"{path}: {error}") from error
-        if not isinstance(value, dict) or value.get("version") != TRUST_VERSION:
-            raise VerifyError("keys", f"{path}: must be a trust file of version {TRUST_VERSION}")
-        unknown = sorted(value.keys() - set(TRUST_FIELDS))
-        if unknown:
-            raise VerifyError("keys", f"{path}: unknown fields {', '.join(unknown)}; known: {', '.join(TRUST_FIELDS)}")
-        try:
-            keys = {key_id: bytes.fromhex(public_hex) for key_id, public_hex in value["keys"].items()}
-            log = NoteKey.parse(value["log"])
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise VerifyError("keys", f"{path}: must hold 'log' and 'keys' ({error})") from error
-        for key_id, public_bytes in keys.items():
-            is_plain = public_bytes.hex() == value["keys"][key_id]  # neither capitals nor spaces
-            if len(public_bytes) != PUBLIC_KEY_BYTES or key_id_of(public_bytes) != key_id or not is_plain:
-                raise VerifyError("keys", f"{path}: key {key_id} does not match its public key")
-        trust = cls(log, keys)
-        return trust if "policy" not in value else trust.under(value["policy"], str(path))
-
-    def with_policy_of(self, path: Path) -> "Trust":
-        """Return this trust with the policy of a tlog-policy file."""
-        try:
-            return self.under(path.read_text(encoding="utf-8", errors="surrogateescape"), str(path))
-        except OSError as error:
-            raise VerifyError("policy", f"{path}: cannot be read: {error.strerror}") from error
-
-    def under(self, policy: Any, source: str) -> "Trust":
-        """Return this trust with a policy's text in the place of its own; its logs, if it names any, must be ours."""
-        try:
-            parsed = Policy.parse(policy.encode(errors="surrogateescape"))
-        except (PolicyError, AttributeError, UnicodeError) as error:
-            raise VerifyError("policy", f"{source}: {error}") from error
-        if parsed.logs and str(self.log) not in {str(log.key) for log in parsed.logs}:
-            raise VerifyError("policy", f"{source}: is for other logs than {self.log.name}")
-        return replace(self, policy=parsed)
 
 
 @dataclass(frozen=True)
@@ -134,14 +74,16 @@ def verify_bytes(data: bytes, *, trust: Trust) -> Verified:
         raise VerifyError("file", str(error)) from error
     if not isinstance(value, dict):
         raise VerifyError("file", "must be a JSON object")
-    session = _Session(trust)
+    session = _Session(trust, trust.history())
     if set(value) == RECORD_PROOF_FIELDS:
         return _verify_record(session, value, None)
     if value.get("type") == RECORD_BUNDLE_TYPE:
         _require_fields(value, {"type", "record", "lineage"})
+        session.learn_keys(value.get("notices", []))
         return _verify_record(session, value["record"], value["lineage"])
     if value.get("type") == RECEIPT_BUNDLE_TYPE:
         _require_fields(value, {"type", "receipt", "salt", "inner", "record", "lineage"})
+        session.learn_keys(value.get("notices", []))
         return _verify_receipt(session, value)
     raise VerifyError(
         "file", f"type {value.get('type')!r}: neither a receipt ({RECEIPT_BUNDLE_TYPE}) nor a record proof"
@@ -150,18 +92,39 @@ def verify_bytes(data: bytes, *, trust: Trust) -> Verified:
 
 @dataclass
 class _Session:
-    """One verification: keys known so far, the one checkpoint, and the sentences to print."""
+    """One verification: the keys and when they were good, the one checkpoint, and the sentences to print."""
 
     trust: Trust
+    history: KeyHistory
     checks: list[str] = field(default_factory=list)
-    introduced: dict[str, bytes] = field(default_factory=dict)  # contributors' keys, proven by their own records
-    used: dict[str, str] = field(default_factory=dict)  # key id -> whose
+    opened: dict[str, tuple[ProvedRecord, bytes, str]] = field(default_factory=dict)  # leaf hash -> with envelope, what
+    notice_values: list[Any] = field(default_factory=list)
+    notices: list[ProvedRecord] = field(default_factory=list)
     note: str | None = None
     checkpoint: Checkpoint | None = None
     cosigned: Cosigned | None = None
+    log_key: LogKey = None  # type: ignore[assignment]  # set with the checkpoint
+
+    def learn_keys(self, notices: Any) -> None:
+        """Read what the file's notices say of the log's and the operator's keys; they are proven like the rest."""
+        if not isinstance(notices, list) or len(notices) > MAX_LINEAGE:
+            raise VerifyError("notices", f"must be a list of at most {MAX_LINEAGE} records")
+        self.notice_values = notices
+        for number, value in enumerate(notices):
+            what = f"notices[{number}]"
+            if not isinstance(value, dict) or not isinstance(value.get("proof"), str):
+                raise VerifyError("notices", f"{what}: must be a record proof")
+            try:
+                envelope = canonical_bytes(value.get("envelope"), "envelope")
+                index, record = parse_proof(value["proof"]).index, record_from_envelope(envelope)
+            except (RecordError, NoteError) as error:
+                raise VerifyError("notices", f"{what}: {error}") from error
+            if record.kind not in NOTICE_KINDS:
+                raise VerifyError("notices", f"{what}: a {record.kind} record is no notice")
+            self.history.learn(index, record, envelope)
 
     def prove(self, value: Any, what: str) -> ProvedRecord:
-        """Check one record proof: leaf, place in the tree, commitment, header and signature."""
+        """Check one record proof: leaf, place in the tree, commitment and header; signatures follow in `sign`."""
         if not isinstance(value, dict) or set(value) != RECORD_PROOF_FIELDS:
             raise VerifyError("file", f"{what}: must be an object of {', '.join(sorted(RECORD_PROOF_FIELDS))}")
         try:
@@ -172,9 +135,11 @@ class _Session:
         index = self._include(value["proof"], leaf_bytes, what)
         leaf_hash = hash_leaf(leaf_bytes).hex()
         if value["envelope"] is None and value["salt"] is None:
-            return ProvedRecord(index, leaf_hash, leaf, None, ())
+            return ProvedRecord(index, leaf_hash, leaf, None)
         record, envelope = self._open(value, leaf, what)
-        return ProvedRecord(index, leaf_hash, leaf, record, self._signers(record, envelope, what))
+        proved = ProvedRecord(index, leaf_hash, leaf, record)
+        self.opened[leaf_hash] = (proved, envelope, what)
+        return proved
 
     def _include(self, text: Any, leaf_bytes: bytes, what: str) -> int:
         """The leaf's index, once its proof leads to the signed checkpoint that all proofs of the file share."""
@@ -190,7 +155,8 @@ class _Session:
             raise VerifyError("checkpoint", f"{what}: stands under another checkpoint than the rest of the file")
         try:
             if self.checkpoint is None:
-                self.note, self.checkpoint = proof.checkpoint, proof.open(self.trust.log)
+                self.checkpoint, self.log_key = self.history.open_checkpoint(proof.checkpoint)
+                self.note = proof.checkpoint
                 self._require_witnesses()
             proof.include(hash_leaf(leaf_bytes), self.checkpoint)
         except NoteError as error:
@@ -229,31 +195,18 @@ class _Session:
             raise VerifyError("record", f"{what}: kind, time or subjects differ from the leaf's")
         return record, envelope
 
-    def _signers(self, record: Record, envelope: bytes, what: str) -> tuple[str, ...]:
-        """The keys that signed: the operator's, or a contributor's that an earlier record of the log introduced."""
-        keys = dict(self.trust.keys)
-        if record.kind in CONTRIBUTOR_KINDS:
-            keys.update(self.introduced)
-        if isinstance(record.body, ContributorBody):
-            own = bytes.fromhex(record.body.public_key)
-            if key_id_of(own) != record.body.key_id:
-                raise VerifyError("contributor key", f"{what}: its key id is not that of its public key")
-            keys[record.body.key_id] = own
-        try:
-            signers = signers_of(envelope, keys)
-        except RecordError as error:
-            raise VerifyError("signature", f"{what}: {error}") from error
-        if isinstance(record.body, ContributorBody):
-            if record.body.key_id not in signers:
-                raise VerifyError("contributor key", f"{what}: not signed with the key it introduces")
-            self.introduced[record.body.key_id] = bytes.fromhex(record.body.public_key)
-            self.used[record.body.key_id] = f"contributor {record.body.name}"
-        for key_id in signers:
-            self.used.setdefault(key_id, "operator" if key_id in self.trust.keys else "contributor")
-        return signers
+    def sign(self, *records: ProvedRecord) -> list[ProvedRecord]:
+        """Check every signature in log order, each key at its record's time; return `records` with their signers."""
+        self.notices = [self.prove(value, f"notices[{number}]") for number, value in enumerate(self.notice_values)]
+        signers: dict[str, tuple[str, ...]] = {}
+        for proved, envelope, what in sorted(self.opened.values(), key=lambda item: item[0].index):
+            assert proved.record is not None
+            signers[proved.leaf_hash] = self.history.check(proved.index, proved.record, envelope, what)
+        self.history.require_unrevoked()
+        return [replace(item, signers=signers.get(item.leaf_hash, ())) for item in records]
 
     def prove_lineage(self, values: Any) -> list[ProvedRecord]:
-        """Check a list of record proofs, oldest first, so that a contributor's key is known before it is used."""
+        """Check a list of record proofs, oldest first."""
         if not isinstance(values, list) or len(values) > MAX_LINEAGE:
             raise VerifyError("lineage", f"must be a list of at most {MAX_LINEAGE} records")
         proved: list[ProvedRecord] = []
@@ -271,7 +224,7 @@ class _Session:
             "log": self.checkpoint.origin,
             "tree_size": self.checkpoint.size,
             "root": self.checkpoint.root.hex(),
-            "keys": {str(self.trust.log): "log", **dict(sorted(self.used.items()))},
+            "keys": {str(self.log_key.key): "log", **dict(sorted(self._whose().items()))},
         }
         if self.cosigned is not None:
             common["witnesses"] = {
@@ -279,27 +232,33 @@ class _Session:
             }
         return Verified(kind, self.checks, {**facts, **common})
 
+    def _whose(self) -> dict[str, str]:
+        """Whose the keys are that signed."""
+        used = [self.history.keys[key_id] for _, _, key_id, _ in self.history.uses if key_id in self.history.keys]
+        return {key.key_id: f"contributor {key.name}" if key.name else key.role for key in used}
+
 
 def _verify_record(session: _Session, value: Any, lineage_values: Any) -> Verified:
     lineage = [] if lineage_values is None else session.prove_lineage(lineage_values)
     record = session.prove(value, "record")
+    record, *lineage = session.sign(record, *lineage)
     _check_connected(record, lineage, {record.leaf_hash}, complete=lineage_values is not None)
     _note_common(session, [record, *lineage])
     if record.record is None:
         session.checks.append("the record itself was erased; only its place in the log is proven")
-    return session.finish(record.leaf.kind, record_facts(record, lineage))
+    return session.finish(record.leaf.kind, record_facts(record, [*session.notices, *lineage]))
 
 
 def _verify_receipt(session: _Session, bundle: Mapping[str, Any]) -> Verified:
     lineage = session.prove_lineage(bundle["lineage"])
-    completions = session.prove(bundle["record"], "record")
+    completions, *lineage = session.sign(session.prove(bundle["record"], "record"), *lineage)
     _note_common(session, [completions, *lineage])
     receipt = _check_receipt(session, bundle, completions)
     _check_connected(completions, lineage, _roots(receipt, completions, lineage), complete=False)
     session.checks.append(f"lineage: {len(lineage)} records, each joined to its parents by their leaf hashes")
     _check_adapter(session, receipt, completions, lineage)
     _check_base(session, receipt, lineage)
-    return session.finish("receipt", receipt_facts(receipt, completions, lineage))
+    return session.finish("receipt", receipt_facts(receipt, completions, [*session.notices, *lineage]))
 
 
 def _note_common(session: _Session, records: list[ProvedRecord]) -> None:
@@ -312,12 +271,17 @@ def _note_common(session: _Session, records: list[ProvedRecord]) -> None:
         *witnesses,
         f"inclusion: {len(records)} records lie in that tree",
         f"commitments: {whole} records match the salted commitments of their leaves",
-        f"signatures: {whole} records signed by known keys ({len(session.introduced)} contributors' own)",
+        f"signatures: {whole} records signed by known keys ({_num_contributors(records)} contributors' own)",
     ]
     if num_erased:
         session.checks.append(
             f"erased: {num_erased} records; their places in the log are proven, their contents are gone"
         )
+    session.checks += notice_checks(session.notices, records, session.log_key)
+
+
+def _num_contributors(records: list[ProvedRecord]) -> int:
+    return sum(item.leaf.kind == "contributor" and item.record is not None for item in records)
 
 
 def _check_receipt(session: _Session, bundle: Mapping[str, Any], completions: ProvedRecord) -> Receipt:
@@ -427,5 +391,6 @@ def parse_hex(text: Any, check: str, what: str) -> bytes:
 
 
 def _require_fields(value: Mapping[str, Any], names: set[str]) -> None:
-    if set(value) != names:
-        raise VerifyError("file", f"missing or unknown fields: {', '.join(sorted(set(value) ^ names))}")
+    """The fields are `names`, and `notices` where there are any."""
+    if wrong := (set(value) ^ names) - {"notices"}:
+        raise VerifyError("file", f"missing or unknown fields: {', '.join(sorted(wrong))}")

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attribution.bodies import ContributorBody, ContributorRows, DatasetBody, Dropped, RefinementBody
+from attribution.erasure import remaining
 from attribution.trail import Entry, Trail
 from configs.errors import UserError
 from pipelines.refine.read import contributor_names, load_refined
@@ -111,7 +112,9 @@ def dataset_view(trail: Trail, dataset: str, *, num_rows: int) -> list[Renderabl
         f"by {who} under {body.licence}, from {body.source_file_name}: "
         f"{body.num_rows} rows, {body.num_rejected} left out"
     )
-    contributed = trail.get_table(body.rows).slice(0, num_rows).rename_columns({"contribution_id": "id"})
+    contributed = (
+        trail.get_table(remaining(trail, body.rows)).slice(0, num_rows).rename_columns({"contribution_id": "id"})
+    )
     return [Group(heading, facts), _rows_table(contributed.to_pylist())]
 
 

@@ -85,7 +85,8 @@ def _open(source: str, keys: Path | None) -> "TileLog":
     from attribution.log.verify import Trust
     from configs.env import home
 
-    return TileLog(source_of(source), Trust.load(keys or home() / "trust.json").log)
+    trust = Trust.load(keys or home() / "trust.json")
+    return TileLog(source_of(source), trust.log, former=trust.former_logs)
 
 
 def _follow(publisher: "Publisher", interval_s: float) -> None:

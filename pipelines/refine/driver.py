@@ -226,11 +226,19 @@ def _record(
         inputs=[*(Artefact("dataset", contribution.name, contribution.rows) for contribution in chosen), *asked_by],
         outputs=[Artefact(KIND, made.body.name, made.digest)],
         contributors=[Party(operator.key_id, "refiner"), *(Party(key_id, "contributor") for key_id in authors)],
-        parents=[*(contribution.origin.dataset for contribution in chosen), *patches],
+        parents=list(dict.fromkeys([*(leaf for each in chosen for leaf in _records_behind(trail, each)), *patches])),
         config=trail.run_config(settings),
     )
     body = made.body
     return RefineReport(entry, made.digest, body.num_in, body.num_kept, body.dropped, body.per_contributor)
+
+
+def _records_behind(trail: "Trail", contribution: Contribution) -> Iterator[str]:
+    """The contribution's record and, where rows of it were erased, the redaction that left these."""
+    yield contribution.origin.dataset
+    made = trail.find(contribution.rows)
+    if made is not None:
+        yield made.leaf_hash
 
 
 def _reasons(tally: Tally) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attribution.bodies import ContributorBody, DatasetBody
+from attribution.bodies import ContributorBody, DatasetBody, KeyRotationBody
+from attribution.erasure import remaining, rewrites
 from attribution.records import RecordError, signers_of
 from configs.errors import UserError
 from pipelines.refine.annotate import Origin
@@ -60,7 +61,7 @@ def contributor_entries(trail: "Trail") -> "dict[str, Entry]":
 
 def contributor_names(trail: "Trail") -> dict[str, str]:
     """Return contributor names by key id."""
-    return {body.key_id: body.name for body in _contributor_bodies(trail)}
+    return {key_id: name for key_id, (name, _) in _contributor_keys(trail).items()}
 
 
 def contributions(trail: "Trail", names: Sequence[str] = (ALL,)) -> list[Contribution]:
@@ -78,8 +79,8 @@ def contributions(trail: "Trail", names: Sequence[str] = (ALL,)) -> list[Contrib
         raise DatasetError(
             "no dataset to refine: contribute one first, `trailmark contribute FILE --as NAME --licence ID`"
         )
-    public_keys = {body.key_id: bytes.fromhex(body.public_key) for body in _contributor_bodies(trail)}
-    return [_contribution(entry, public_keys) for entry in entries if entry.index in wanted]
+    public_keys = {key_id: public_bytes for key_id, (_, public_bytes) in _contributor_keys(trail).items()}
+    return [_contribution(trail, entry, public_keys) for entry in entries if entry.index in wanted]
 
 
 def verified_rows(trail: "Trail", contribution: Contribution) -> Path:
@@ -118,6 +119,7 @@ def load_decisions(trail: "Trail", digest: str) -> pa.Table:
 
 
 def _refined_directory(trail: "Trail", digest: str) -> Path:
+    digest = remaining(trail, digest)
     kind = trail.store.manifest(digest).kind
     if kind != "refined":
         raise DatasetError(f"{digest} is of kind {kind!r}, not a refined dataset; `trailmark dataset list` shows them")
@@ -134,11 +136,16 @@ def _pieces(file: pq.ParquetFile, first: int, last: int) -> Iterator[pa.Table]:
         start = end
 
 
-def _contributor_bodies(trail: "Trail") -> Iterator[ContributorBody]:
-    for entry in trail.entries(kind="contributor"):
-        if entry.record is not None:
-            assert isinstance(entry.record.body, ContributorBody)
-            yield entry.record.body
+def _contributor_keys(trail: "Trail") -> dict[str, tuple[str, bytes]]:
+    """Name and public key by key id, of every key that a contributor has or had."""
+    found: dict[str, tuple[str, bytes]] = {}
+    for entry in [*trail.entries(kind="contributor"), *trail.notices()]:
+        body = entry.record.body if entry.record is not None else None
+        if isinstance(body, KeyRotationBody) and body.role != "contributor":
+            continue
+        if isinstance(body, ContributorBody | KeyRotationBody):
+            found[body.key_id] = (body.name, bytes.fromhex(body.public_key))
+    return found
 
 
 def _matching(entries: "Sequence[Entry]", name: str) -> "list[Entry]":
@@ -173,7 +180,7 @@ def _is_signed_by(envelope: bytes, key_id: str, public_keys: Mapping[str, bytes]
         return False
 
 
-def _contribution(entry: "Entry", public_keys: Mapping[str, bytes]) -> Contribution:
+def _contribution(trail: "Trail", entry: "Entry", public_keys: Mapping[str, bytes]) -> Contribution:
     if entry.record is None or entry.envelope is None:
         raise DatasetError(f"dataset {entry.leaf_hash[:12]}: its record was erased; leave it out")
     body = _dataset_body(entry)
@@ -184,4 +191,6 @@ def _contribution(entry: "Entry", public_keys: Mapping[str, bytes]) -> Contribut
             f"{contributor[:12] or '(none named)'}; hand it in again with `trailmark contribute FILE --as NAME`"
         )
     origin = Origin(contributor, body.licence, entry.leaf_hash, entry.index)
-    return Contribution(body.name, body.rows, body.num_rows, origin)
+    left = {rewrite.after: rewrite.num_rows for rewrite in rewrites(trail)}
+    rows = remaining(trail, body.rows)
+    return Contribution(body.name, rows, left.get(rows, body.num_rows), origin)

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from attribution.bodies import RefinementBody
+from attribution.erasure import remaining
 from configs.errors import UserError
 from pipelines.refine.read import Contribution, contributions, load_decisions
 from pipelines.refine.table import DECISIONS_FILE
@@ -67,10 +68,12 @@ def rulings(trail: "Trail", example_id: str) -> list[Ruling]:
     """Return what each refinement decided about `example_id` (in full), newest first."""
     found: list[Ruling] = []
     for entry in trail.entries(kind="refinement"):
-        if entry.record is None or not trail.store.has(entry.record.outputs[0].digest):
+        if entry.record is None:
             continue
         assert isinstance(entry.record.body, RefinementBody)
-        digest = entry.record.outputs[0].digest
+        digest = remaining(trail, entry.record.outputs[0].digest)
+        if not trail.store.has(digest):
+            continue
         decisions = _decisions_about(trail, digest, example_id)
         if decisions:
             found.append(Ruling(entry, entry.record.body.name, digest, tuple(decisions)))

@@ -123,6 +123,7 @@ class Refined:
 def resolve_refined(trail: "Trail", dataset: str) -> Refined:
     """Return the refined dataset of a name or digest. Raises TrainError listing the names that exist."""
     from attribution.bodies import RefinementBody
+    from attribution.erasure import remaining
 
     known: dict[str, Refined] = {}
     for entry in trail.entries(kind="refinement"):
@@ -131,7 +132,8 @@ def resolve_refined(trail: "Trail", dataset: str) -> Refined:
         name = entry.record.body.name
         for output in entry.record.outputs:
             if output.kind == "refined":
-                known[name] = known[output.digest] = Refined(name, output.digest)
+                left = remaining(trail, output.digest)
+                known[name] = known[output.digest] = known[left] = Refined(name, left)
     if dataset not in known:
         names = ", ".join(sorted({refined.name for refined in known.values()})) or "none"
         raise TrainError(f"dataset {dataset!r}: no such refined dataset; known: {names} (see `trailmark refine`)")

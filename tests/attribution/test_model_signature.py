@@ -167,7 +167,7 @@ def test_a_signature_of_other_files_is_refused_and_a_strangers_does_not_count(tr
     key = ensure_model_key(trail.home)
     blob = trail.store.put_blob(sign_model("first", trail.store.manifest(first), key))
     body = ModelSignatureBody("second", second, "f", "a", key.public_pem, blob)
-    signed = SignedModels(trail, Trust.load(trail.home / "trust.json").keys)
+    signed = SignedModels(trail, Trust.load(trail.home / "trust.json"))
     trail.record(
         "model_signature", body, outputs=[Artefact("signature", "x", blob)], signer=SigningKey.generate("mallory")
     )

@@ -1,0 +1,210 @@
+"""Whose key was good when: rotations and revocations, as the records of the log tell them, in log order.
+
+        introduced          rotated (record i)          revoked, `from_us` = t
+  ----------|------- signs -------|----- nothing more ------|-----
+                                  new key signs             what the key signed at time t or later does not count
+
+A key is known because the reader trusts it, because its contributor's own record brought it, or because a rotation
+passed the trust on: signed with the new key, and with the old one or the operator's.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from attribution.bodies import ContributorBody, KeyRevocationBody, KeyRotationBody
+from attribution.keys import key_id_of
+from attribution.log.note import Checkpoint, NoteError, NoteKey, open_checkpoint
+from attribution.log.proved import VerifyError
+from attribution.records import Record, RecordError, signers_of
+
+CONTRIBUTOR_KINDS = frozenset(
+    {"contributor", "dataset", "prompt", "retrieval", "workflow_patch", "approval", "key_rotation"}
+)
+
+
+@dataclass(frozen=True)
+class Revocation:
+    """From when on a key's signatures do not count, and why."""
+
+    from_us: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class KnownKey:
+    """A key that may sign records, up to record `last_index` (which rotated it) or time `until_us`."""
+
+    key_id: str
+    public_bytes: bytes
+    role: str
+    name: str = ""
+    last_index: int | None = None
+    until_us: int | None = None
+    replaced_us: int | None = None
+
+
+@dataclass(frozen=True)
+class LogKey:
+    """A key that may sign checkpoints, up to `last_size` entries when it was rotated."""
+
+    key: NoteKey
+    last_size: int | None = None
+
+    @property
+    def key_id(self) -> str:
+        """The id by which key records name it."""
+        return key_id_of(self.key.public_bytes)
+
+
+class KeyHistory:
+    """The keys known so far; `check` takes the records in log order."""
+
+    def __init__(
+        self, keys: Iterable[KnownKey], log_keys: Iterable[LogKey], revoked: Mapping[str, Revocation] | None = None
+    ) -> None:
+        self.keys = {key.key_id: key for key in keys}
+        self.log_keys = {key.key_id: key for key in log_keys}
+        self.revoked = dict(revoked or {})
+        self.uses: list[tuple[int, int, str, str]] = []  # (index, time, key id, what) of every signature that held
+
+    def open_checkpoint(self, note: str) -> tuple[Checkpoint, LogKey]:
+        """Return the checkpoint and the log key that signed it; NoteError: none did, VerifyError: out of its time."""
+        problem: NoteError | None = None
+        for key in self.log_keys.values():
+            try:
+                checkpoint = open_checkpoint(note, key.key)
+            except NoteError as error:
+                problem = problem or error
+                continue
+            self._require_log_key(key, checkpoint)
+            return checkpoint, key
+        raise problem or NoteError("checkpoint: no log key is trusted")
+
+    def _require_log_key(self, key: LogKey, checkpoint: Checkpoint) -> None:
+        revoked = self.revoked.get(key.key_id)
+        if revoked is not None:
+            raise VerifyError(
+                "revoked key",
+                f"the checkpoint is signed by log key {key.key_id[:16]}, which was revoked: {revoked.reason}; "
+                "ask the log for the proof anew",
+            )
+        if key.last_size is not None and checkpoint.size > key.last_size:
+            raise VerifyError(
+                "rotated key",
+                f"log key {key.key_id[:16]} signed checkpoints up to {key.last_size} entries, not {checkpoint.size}",
+            )
+
+    def learn(self, index: int, record: Record, envelope: bytes) -> None:
+        """Take on what a key record of the operator or the log says before any checkpoint can be opened.
+
+        Such a record needs no place in the log to be believed: a key that is trusted signed it.
+        """
+        body = record.body
+        if isinstance(body, KeyRevocationBody) or (isinstance(body, KeyRotationBody) and body.role != "contributor"):
+            self.check(index, record, envelope, record.kind.replace("_", " "))
+
+    def check(self, index: int, record: Record, envelope: bytes, what: str) -> tuple[str, ...]:
+        """Return the key ids that signed record `index`, all known and good at its time; then learn from it.
+
+        Raises:
+            VerifyError: a signature that does not hold, an unknown key, one that was rotated out or revoked.
+        """
+        if isinstance(record.body, KeyRotationBody):
+            return self._check_rotation(index, record, envelope, what)
+        keys = {key.key_id: key.public_bytes for key in self.keys.values() if self._may_sign(key, record)}
+        if isinstance(record.body, ContributorBody):
+            own = bytes.fromhex(record.body.public_key)
+            if key_id_of(own) != record.body.key_id:
+                raise VerifyError("contributor key", f"{what}: its key id is not that of its public key")
+            keys[record.body.key_id] = own
+        signers = self._signers(envelope, keys, what)
+        if isinstance(record.body, ContributorBody):
+            if record.body.key_id not in signers:
+                raise VerifyError("contributor key", f"{what}: not signed with the key it introduces")
+            own_key = KnownKey(record.body.key_id, own, "contributor", record.body.name)
+            self.keys.setdefault(record.body.key_id, own_key)
+        for key_id in signers:
+            self._use(index, record.time_us, key_id, what)
+        if isinstance(record.body, KeyRevocationBody):
+            self.revoke(record.body.key_id, Revocation(record.body.from_us, record.body.reason))
+        return signers
+
+    def revoke(self, key_id: str, revocation: Revocation) -> None:
+        """Take note of a revocation; of several, the earliest time counts."""
+        known = self.revoked.get(key_id)
+        if known is None or revocation.from_us < known.from_us:
+            self.revoked[key_id] = revocation
+
+    def require_unrevoked(self) -> None:
+        """Raise VerifyError when a record checked so far was signed at or after its key's revocation."""
+        for _, time_us, key_id, what in self.uses:
+            self._require_unrevoked(key_id, time_us, what)
+
+    def _may_sign(self, key: KnownKey, record: Record) -> bool:
+        return key.role == "operator" or (key.role == "contributor" and record.kind in CONTRIBUTOR_KINDS)
+
+    @staticmethod
+    def _signers(envelope: bytes, keys: Mapping[str, bytes], what: str) -> tuple[str, ...]:
+        try:
+            return signers_of(envelope, keys)
+        except RecordError as error:
+            raise VerifyError("signature", f"{what}: {error}") from error
+
+    def _use(self, index: int, time_us: int, key_id: str, what: str) -> None:
+        """Check that a key was still in use at a record, and not revoked at its time."""
+        key = self.keys[key_id]
+        is_late = key.last_index is not None and index > key.last_index
+        if is_late or (key.until_us is not None and time_us > key.until_us):
+            raise VerifyError("rotated key", f"{what}: signed with key {key_id[:16]} after another had taken its place")
+        self._require_unrevoked(key_id, time_us, what)
+        self.uses.append((index, time_us, key_id, what))
+
+    def _require_unrevoked(self, key_id: str, time_us: int, what: str) -> None:
+        revoked = self.revoked.get(key_id)
+        if revoked is not None and time_us >= revoked.from_us:
+            raise VerifyError(
+                "revoked key", f"{what}: signed with key {key_id[:16]} at or after its revocation: {revoked.reason}"
+            )
+
+    def _check_rotation(self, index: int, record: Record, envelope: bytes, what: str) -> tuple[str, ...]:
+        """Check a rotation and pass the trust on, from the old key to the new or, for an older log, back."""
+        body = record.body
+        assert isinstance(body, KeyRotationBody)
+        pair = {
+            body.key_id: bytes.fromhex(body.public_key),
+            body.old_key_id: bytes.fromhex(body.old_public_key),
+        }
+        if any(key_id_of(public_bytes) != key_id for key_id, public_bytes in pair.items()):
+            raise VerifyError("key rotation", f"{what}: a key id is not that of its public key")
+        operators = {key.key_id: key.public_bytes for key in self.keys.values() if key.role == "operator"}
+        signers = self._signers(envelope, {**operators, **pair}, what)
+        if body.key_id not in signers:
+            raise VerifyError("key rotation", f"{what}: not signed with the new key")
+        vouched = body.old_key_id in signers or bool(set(signers) & (operators.keys() - pair.keys()))
+        if not vouched or not self._is_known(body):
+            raise VerifyError("key rotation", f"{what}: neither the old key nor the operator's vouches for the new one")
+        for key_id in signers:
+            if key_id in self.keys and key_id != body.key_id:
+                self._use(index, record.time_us, key_id, what)
+        self._rotate(index, record.time_us, body)
+        return signers
+
+    def _is_known(self, body: KeyRotationBody) -> bool:
+        if body.role == "log":
+            return body.old_key_id in self.log_keys or body.key_id in self.log_keys
+        known = {key_id for key_id, key in self.keys.items() if key.role == body.role}
+        return body.old_key_id in known or body.key_id in known
+
+    def _rotate(self, index: int, time_us: int, body: KeyRotationBody) -> None:
+        old_bytes, new_bytes = bytes.fromhex(body.old_public_key), bytes.fromhex(body.public_key)
+        if body.role == "log":
+            origin = next(iter(self.log_keys.values())).key.name
+            old = self.log_keys.get(body.old_key_id, LogKey(NoteKey(origin, old_bytes)))
+            # Its size when it was written is the least at which the new key can have signed; the reader's own
+            # trust file may know that the old one signed a little longer.
+            self.log_keys[body.old_key_id] = replace(old, last_size=old.last_size or index + 1)
+            self.log_keys.setdefault(body.key_id, LogKey(NoteKey(origin, new_bytes)))
+            return
+        old_key = self.keys.get(body.old_key_id, KnownKey(body.old_key_id, old_bytes, body.role, body.name))
+        self.keys[body.old_key_id] = replace(old_key, last_index=index, replaced_us=time_us)
+        self.keys.setdefault(body.key_id, KnownKey(body.key_id, new_bytes, body.role, old_key.name))
