@@ -51,13 +51,14 @@ class Registry:
         self._versions: dict[str, dict[int, Published]] = {}
         self._cursor = 0
 
-    def resolve(self, reference: str, kind: str | None = None) -> Published:
+    def resolve(self, reference: str, kind: str | None = None, *, with_erased: bool = False) -> Published:
         """Return what `name@version`, `name` (newest version) or a published digest (newest publication) means.
 
-        RegistryError names near matches.
+        RegistryError names near matches; it refuses what was erased, unless `with_erased`.
         """
-        published = self.list(kind)
-        self._require_not_erased(reference)
+        published = self.list(kind, with_erased=with_erased)
+        if not with_erased:
+            self._require_not_erased(reference)
         match = REFERENCE.fullmatch(reference)
         if reference.startswith("sha256:"):
             found = [item for item in published if item.digest == reference]
@@ -71,11 +72,11 @@ class Registry:
             raise RegistryError(_not_found(reference, published, kind))
         return max(found, key=lambda item: (item.version, item.time_us))
 
-    def list(self, kind: str | None = None) -> list[Published]:
-        """Return all published versions whose artefact was not erased, by name and version."""
+    def list(self, kind: str | None = None, *, with_erased: bool = False) -> list[Published]:
+        """Return all published versions, by name and version, those of erased artefacts only `with_erased`."""
         with self._mutex:
             self._catch_up()
-            gone = self._erased_digests()
+            gone = {} if with_erased else self._erased_digests()
             versions = [item for versions in self._versions.values() for item in versions.values()]
             items = [item for item in versions if item.digest not in gone]
         return sorted(

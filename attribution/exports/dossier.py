@@ -202,7 +202,7 @@ def resolve_adapter(trail: "Trail", reference: str) -> tuple[str, "Entry | None"
     ExportError or RegistryError says what was not found and what there is.
     """
     try:
-        published = trail.registry.resolve(reference, kind="adapter")
+        published = trail.registry.resolve(reference, kind="adapter", with_erased=True)  # the hole is told
         return published.digest, trail.entry(published.leaf_hash)
     except RegistryError as error:
         if reference.startswith("sha256:"):

@@ -243,7 +243,7 @@ def test_a_rotation_cut_off_before_its_record_takes_up_the_same_key(
 
     with monkeypatch.context() as patch:
         patch.setattr(trail, "record_many", power_cut)
-        with pytest.raises(OutcomeUnknown, match="power cut"):
+        with pytest.raises(OSError, match="power cut"):
             rotate(trail, "Amara")
     waiting = (trail.home / "keys" / "next" / "Amara.pub").read_text().strip()
     assert Trail.open(trail.home).keys.get("Amara").public_hex != waiting

@@ -23,8 +23,8 @@ ERASABLE = ("contributor", "dataset", "refinement", "base_model", "adapter", "be
 
 def erase(trail: Trail, leaf_hash: str) -> None:
     """Do to a home what erasure does."""
-    assert trail.delete_record(leaf_hash)
     trail.record("redaction", RedactionBody(leaf_hash, "the contributor asked"))
+    assert trail.delete_record(leaf_hash)
 
 
 @pytest.mark.parametrize("kind", ERASABLE)
