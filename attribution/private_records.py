@@ -61,20 +61,19 @@ class PrivateRecords:
         OSError when they do not fit: then nothing of them is kept, or the next append cuts it off.
         """
         path, size = self._newest(start, is_logged)
-        is_new = size is None
         data = _to_bytes(items)
         self._end = None
         descriptor = self._disk.open(path, os.O_WRONLY | os.O_CREAT)
         try:
             try:
-                self._disk.write(descriptor, data, offset=size or 0)
+                self._disk.write(descriptor, data, offset=size)
                 self._disk.fsync(descriptor)
-                if is_new:
+                if not size:  # new, or made by an append that failed before its name was durable
                     self._disk.sync_directory(self._directory)
             except OSError:
-                self._disk.truncate(descriptor, size or 0)
+                self._disk.truncate(descriptor, size)
                 raise
-            self._end = (path, os.fstat(descriptor).st_ino, (size or 0) + len(data))
+            self._end = (path, os.fstat(descriptor).st_ino, size + len(data))
         finally:
             self._disk.close(descriptor)
 
@@ -130,14 +129,14 @@ class PrivateRecords:
             self._cut(path, end)
         return end
 
-    def _newest(self, start: int, is_logged: IsLogged) -> tuple[Path, int | None]:
-        """The segment to append to and its size; None when it is a new one. Cuts what was never logged."""
+    def _newest(self, start: int, is_logged: IsLogged) -> tuple[Path, int]:
+        """The segment to append to, which may be a new one, and its size. Cuts what was never logged."""
         if self._end is not None and self._is_as_left(*self._end):
             path, _, size = self._end
         else:
             found = segments(self._directory)
             if not found:
-                return self._segment(start), None
+                return self._segment(start), 0
             path = found[-1]
             if start_of(path) > start:
                 raise RecordsError(
@@ -145,7 +144,7 @@ class PrivateRecords:
                     "it was rolled back: restore its newer copy"
                 )
             size = self._logged_size(path, is_logged)
-        return (path, size) if size < self._segment_bytes else (self._segment(start), None)
+        return (path, size) if size < self._segment_bytes else (self._segment(start), 0)
 
     def _is_as_left(self, path: Path, inode: int, size: int) -> bool:
         try:

@@ -1,5 +1,6 @@
 """Segments of private records: read, rolled over, erased line by line, cut where a crash left something behind."""
 
+import errno
 import os
 from hashlib import sha256
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from attribution.bodies import ApprovalBody
+from attribution.disk import Disk
 from attribution.private_records import PrivateRecords, RecordsError, segments
 from attribution.trail import Draft, Trail
 
@@ -104,3 +106,28 @@ def test_two_processes_of_one_home_write_one_segment(tmp_path: Path) -> None:
     trail.record("approval", ApprovalBody(DIGEST, "approved", "parent again"))
     assert len(segments(tmp_path / "home" / "records")) == 1
     assert [entry.record is not None for entry in Trail.open(tmp_path / "home").entries()] == [True] * 5
+
+
+def test_the_append_after_a_failed_first_one_makes_the_segments_name_durable(tmp_path: Path) -> None:
+    class FullOnce(Disk):
+        num_writes = num_directories = 0
+
+        def write(self, descriptor: int, data: bytes, *, offset: int) -> None:
+            self.num_writes += 1
+            if self.num_writes == 1:
+                raise OSError(errno.ENOSPC, "full")
+            super().write(descriptor, data, offset=offset)
+
+        def sync_directory(self, path: Path) -> None:
+            self.num_directories += 1
+            super().sync_directory(path)
+
+    disk, logged = FullOnce(), set[int]()
+    records = PrivateRecords(tmp_path, disk=disk)
+    with pytest.raises(OSError, match="full"):
+        put(records, range(0, 1), logged)
+    assert segments(tmp_path) and not disk.num_directories
+    put(records, range(0, 1), logged)
+    assert disk.num_directories == 1
+    put(records, range(1, 2), logged)
+    assert disk.num_directories == 1
