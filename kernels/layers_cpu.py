@@ -21,7 +21,7 @@ _P, _L, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 class _Step(ctypes.Structure):
     """`Step` in cpu_layers.c, field by field."""
 
-    _fields_ = [  # noqa: RUF012 - ctypes reads this very name
+    _fields_ = [
         *((name, _L) for name in ("layers", "num_layers", "T", "I", "F", "H", "G", "D")),
         *((name, _P) for name in ("x", "delta", "normed", "qkv", "attended", "gate_up", "hidden")),
         *((name, _P) for name in ("cos", "sin", "positions", "slots", "runs")),
@@ -37,7 +37,7 @@ class _Step(ctypes.Structure):
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """One decoder layer: packed weights, what may be absent as None, its cache [slots, G, D], its window (None: all)."""
+    """One decoder layer: packed weights, what may be absent as None, cache [slots, G, D], window (None: all)."""
 
     input_norm: Tensor
     qkv: "PackedWeight"

@@ -29,9 +29,7 @@ def can_run(spec: ModelSpec, dtype: torch.dtype) -> bool:
 class CpuForward:
     """Weights, the RoPE table (fp32 [positions, head_dim / 2]) and the kernels."""
 
-    def __init__(
-        self, spec: ModelSpec, weights: "Weights", *, native: Native, cos_PD: Tensor, sin_PD: Tensor
-    ) -> None:
+    def __init__(self, spec: ModelSpec, weights: "Weights", *, native: Native, cos_PD: Tensor, sin_PD: Tensor) -> None:
         self.spec, self.weights, self.native = spec, weights, native
         self.rope = (cos_PD, sin_PD)
         self._heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
