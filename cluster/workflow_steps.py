@@ -278,7 +278,7 @@ def named_artefact(trail: "Trail", value: str, kind: str) -> Artefact:
         UserError: nothing of that name, or of that kind, is recorded.
     """
     if kind == "refined":
-        from pipelines.train.driver import resolve_refined
+        from pipelines.train.refined import resolve_refined
 
         return resolve_refined(trail, value).artefact
     if kind == "adapter":

@@ -27,6 +27,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the rows; overrides train.epochs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Overrides train.learning_rate.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Overrides train.seed.")] = None,
+    query_set: Annotated[
+        list[str] | None,
+        typer.Option(help="A suite file or refined dataset to score every row against while training; repeat it."),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Train a LoRA adapter on DATASET, prove that it reloads, and record it with a trace of every step."""
@@ -40,6 +44,7 @@ def train(
 
     settings = load_settings(config)
     given = {"max_steps": max_steps, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+    given = {**given, "query_sets": query_set or None}
     overrides = {field: value for field, value in given.items() if value is not None}
     section = parse_settings({"train": {**settings.train.model_dump(), **overrides}}, source="command line").train
     trail = Trail.open(create=False)

@@ -145,6 +145,22 @@ def checkpoint_steps(num_steps: int, num_checkpoints: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(num_steps * (i + 1) / num_checkpoints)) for i in range(num_checkpoints)}))
 
 
+def state_steps(num_steps: int, *, num_checkpoints: int, num_states: int | None) -> tuple[int, ...]:
+    """Return the step numbers after which the whole state is kept, `checkpoint_steps` among them.
+
+    About `num_states` of them, sqrt(num_steps) by default: a reverse sweep then holds as many states of one segment as
+    there are segments, the least for both together.
+    """
+    wanted = num_states or math.isqrt(num_steps)
+    found: list[int] = []
+    start = 0
+    for end in checkpoint_steps(num_steps, num_checkpoints):
+        num_segments = max(1, round(wanted * (end - start) / num_steps))
+        found += [start + step for step in checkpoint_steps(end - start, num_segments)]
+        start = end
+    return tuple(found)
+
+
 def learning_rate(step: int, *, num_steps: int, settings: TrainSettings) -> float:
     """Return the rate of step 1..num_steps: linear warm-up, then the schedule down to zero just after the last step."""
     num_warmup = round(settings.warmup_ratio * num_steps)

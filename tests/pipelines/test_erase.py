@@ -30,7 +30,7 @@ from pipelines.refine import driver
 from pipelines.refine.read import contributions, load_decisions, load_refined
 from pipelines.refine.why import ExampleError, find_example
 from pipelines.train.data import EXAMPLES_SCHEMA
-from pipelines.train.driver import resolve_refined
+from pipelines.train.refined import resolve_refined
 from pipelines.train.trace import STEPS_SCHEMA
 from tests.attribution.story import receipt_row, tell
 

@@ -20,7 +20,8 @@ from configs.schema import TrainSettings
 from pipelines.base_model import resolve_base
 from pipelines.train import lora
 from pipelines.train.data import Example, encode_rows, learning_rate, plan_steps
-from pipelines.train.driver import Planned, TrainError, TrainReport, train
+from pipelines.train.driver import Planned, TrainReport, train
+from pipelines.train.refined import TrainError
 from pipelines.train.trace import AttemptStarted, GradientsTaken, StepTaken
 from tests.pipelines.train.refined import FACTS, add_refined
 
