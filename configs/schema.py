@@ -77,7 +77,7 @@ class TrainSettings(Section):
     num_states: int | None = Field(
         None,
         ge=1,
-        description="weights and Adam moments kept for replay (12 bytes a parameter each); null: sqrt(steps)",
+        description="states kept for replay, 12 bytes a trained parameter each; null: sqrt(steps)",
     )
     query_sets: tuple[str, ...] = Field(
         (), description="suite files or refined datasets whose loss every example is scored against while it trains"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attribution.influence.encode import IGNORED_LABEL
+from attribution.influence.encode import num_targets
 from attribution.influence.gradients import Encoded, evaluating, pad_batch, parameter_name, target_losses
 from attribution.influence.run_facts import METHODS, AdamConstants
 
@@ -26,11 +26,6 @@ QUERY_BATCH = 8
 """Queries per forward and backward."""
 
 Sink = Callable[[str, Tensor], None]
-
-
-def num_targets(example: Encoded) -> int:
-    """Return how many tokens of an example carry loss; its first token has nothing to be predicted from."""
-    return sum(label != IGNORED_LABEL for label in example[1][1:])
 
 
 class RowGradients:
@@ -113,7 +108,7 @@ class InRunScorer:
         """
         totals = [0] * self.num_queries
         for group, query in zip(self.groups, queries, strict=True):
-            totals[group] += num_targets(query)
+            totals[group] += num_targets(query[1])
         self.plain.zero_()
         for batch in mine:
             share = torch.zeros(self.num_queries, len(batch))

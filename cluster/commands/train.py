@@ -43,8 +43,8 @@ def train(
     from pipelines.train.driver import train as run
 
     settings = load_settings(config)
-    given = {"max_steps": max_steps, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-    given = {**given, "query_sets": query_set or None}
+    given: dict[str, object] = {"max_steps": max_steps, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+    given["query_sets"] = query_set
     overrides = {field: value for field, value in given.items() if value is not None}
     section = parse_settings({"train": {**settings.train.model_dump(), **overrides}}, source="command line").train
     trail = Trail.open(create=False)

@@ -67,7 +67,7 @@ def save_weights(weights: Tensors, folder: Path) -> None:
 
 
 def gather_flat(engine: Any, key: str | None, names: Sequence[str]) -> Tensor:
-    """Return float32 [p] on the engine's device: weights (`key` None) or an Adam moment, parameters in order of `names`.
+    """Return float32 [p] on the engine's device: weights (`key` None) or an Adam moment, in the order of `names`.
 
     Each rank lays the fragments that ZeRO gave it into zeros and one sum makes them whole: DeepSpeed's own getters sum
     every parameter alone, hundreds of messages for one adapter. Collective.

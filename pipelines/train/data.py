@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attribution.influence.encode import IGNORED_LABEL, EncodeError, encode_example
+from attribution.influence.encode import EncodeError, encode_example, num_targets
 from configs.schema import TrainSettings
 
 WINDOW_BATCHES = 2
@@ -47,8 +47,8 @@ class Example:
 
     @property
     def num_target_tokens(self) -> int:
-        """Tokens that carry loss; the first token of a row has nothing to be predicted from."""
-        return sum(label != IGNORED_LABEL for label in self.labels[1:])
+        """Tokens that carry loss."""
+        return num_targets(self.labels)
 
     @property
     def encoded(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

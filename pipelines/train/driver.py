@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 
 from configs.env import set_variables, variable
-from configs.errors import UserError
 from configs.schema import TrainSettings
 from pipelines.publish import require_name
 from pipelines.train.data import EncodedRows, Example, Step, encode_rows, plan_steps, write_examples

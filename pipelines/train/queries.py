@@ -1,12 +1,12 @@
 """Query sets registered before a run: what every training row is scored against while the run goes on."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attribution.influence.encode import EncodeError, encode_example
-from attribution.influence.in_run import num_targets
+from attribution.influence.encode import EncodeError, encode_example, num_targets
 from attribution.influence.run_facts import ScoredQuery
 from configs.errors import UserError
 from configs.schema import TrainSettings
@@ -85,13 +85,17 @@ def register(sets: Sequence[QuerySet], settings: TrainSettings, *, tokens_per_st
         for query, items in parts:
             queries += [item.encoded for item in items]
             groups += [len(columns)] * len(items)
-            num_tokens = sum(num_targets(item.encoded) for item in items)
+            num_tokens = sum(num_targets(item.encoded[1]) for item in items)
             columns.append(ScoredQuery(found.name, found.artefact.digest, query, len(items), num_tokens))
     if not columns:
         return None
-    num_tokens = sum(len(ids) for ids, _ in queries)
-    affordable = max(1, round(num_tokens / (REFRESH_SHARE * tokens_per_step) + 0.5))
+    affordable = refresh_steps(sum(len(ids) for ids, _ in queries), tokens_per_step=tokens_per_step)
     return Registered(tuple(columns), tuple(queries), tuple(groups), settings.in_run_refresh_steps or affordable)
+
+
+def refresh_steps(num_tokens: int, *, tokens_per_step: float) -> int:
+    """Return the least number of steps between refreshes of queries of so many tokens that keeps to REFRESH_SHARE."""
+    return math.ceil(num_tokens / (REFRESH_SHARE * tokens_per_step))
 
 
 def warnings(sets: Sequence[QuerySet], examples: Sequence[Example]) -> list[str]:
@@ -107,7 +111,7 @@ def warnings(sets: Sequence[QuerySet], examples: Sequence[Example]) -> list[str]
                 f"({item.item_id} is row {example_id[:19]}); a row is credited for itself, so read their scores as "
                 "memorisation"
             )
-        single = [item.item_id for item in queries.items if num_targets(item.encoded) == 1]
+        single = [item.item_id for item in queries.items if num_targets(item.encoded[1]) == 1]
         if single:
             found.append(
                 f"query set {queries.name}: {len(single)} answers have one token only ({single[0]}); one token's "

@@ -13,8 +13,8 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attribution.influence.run_facts import (
-    Attempt,
     IN_RUN_META_FILE,
     IN_RUN_SCORES_FILE,
     RUN_FILE,
     AdamConstants,
+    Attempt,
     InRunMeta,
     RunFacts,
 )
