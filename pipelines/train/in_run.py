@@ -1,7 +1,7 @@
 """In-run scores under DeepSpeed: every rank keeps its rows' gradients, only the queries' gradients are shared."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,6 @@ class InRun:
         self._preconditioned_at = step
 
 
-def observing(in_run: InRun | None, step: Step) -> Any:
+def observing(in_run: InRun | None, step: Step) -> AbstractContextManager[None]:
     """Return `in_run.step(step)`, or a context that does nothing without query sets."""
     return nullcontext() if in_run is None else in_run.step(step)

@@ -107,6 +107,7 @@ class Worker:
         if self.rank == 0:
             lora.export_adapter(self.engine.module, final.weights, adapter_folder)
         self.engine.destroy()
+        self.in_run = None  # it holds the engine, too
         del self.engine
         dist.barrier()
         model = lora.reload_adapter(self._load_base(), adapter_folder)
@@ -120,7 +121,7 @@ class Worker:
         return difference
 
     def _take(self, step: Step) -> None:
-        """One update: global-batch token mean, so that neither padding nor the number of workers changes the loss."""
+        """One update, written down."""
         started = time.monotonic()
         lr = learning_rate(step.number, num_steps=len(self.steps), settings=self.settings)
         for group in self.engine.optimizer.param_groups:
@@ -128,34 +129,50 @@ class Worker:
         torch.manual_seed(_step_seed(self.settings.seed, step.number, self.rank))
         size = batch_size(self.examples, step, world_size=self.world_size)
         rows = [self.examples[row] for row in shard(step, rank=self.rank, world_size=self.world_size)]
+        loss, norm = self._update(step, rows, num_target_tokens=size.num_target_tokens)
+        seconds, refreshed = 0.0, False
+        if self.in_run is not None:
+            clip = min(1.0, self.settings.max_grad_norm / (norm + 1e-6))
+            seconds, refreshed = self.in_run.take_scores(step, lr=lr, clip=clip, num_rows=len(rows))
+        if self.rank == 0:
+            self.journal.append(
+                StepTaken(
+                    step=step.number,
+                    lr=lr,
+                    loss=loss,
+                    rows=step.rows,
+                    num_tokens=size.num_tokens,
+                    padding_share=size.padding_share,
+                    seconds=time.monotonic() - started,
+                    time_us=_now_us(),
+                    grad_norm=norm,
+                    in_run_seconds=seconds,
+                    refreshed=refreshed,
+                )
+            )
+
+    def _update(self, step: Step, rows: Sequence[Example], *, num_target_tokens: int) -> tuple[float, float]:
+        """Return (loss, gradient norm before the clip) of an update with this rank's `rows`.
+
+        The loss is the global batch's token mean, so that neither padding nor the number of workers changes it.
+        """
         with observing(self.in_run, step):
             token_nll = _token_nll(self.engine, rows or [self.examples[step.rows[0]]], device=self.device)
             token_nll = token_nll if rows else token_nll * 0.0
             # DeepSpeed averages gradients over ranks; scaling by the world size turns that into the sum over the batch.
-            self.engine.backward(token_nll.sum() * (self.world_size / size.num_target_tokens))
+            self.engine.backward(token_nll.sum() * (self.world_size / num_target_tokens))
         self.engine.step()
         # Summed in float64, so that the figure written down does not depend on how rows are dealt to workers.
-        loss = _sum_over_ranks(token_nll.detach().double().sum()) / size.num_target_tokens
+        loss = _sum_over_ranks(token_nll.detach().double().sum()) / num_target_tokens
         norm = float(self.engine.get_global_grad_norm())
         # DeepSpeed leaves the weights alone when the norm is not finite, which nobody could replay.
         if not (np.isfinite(loss) and np.isfinite(norm)):
-            found = f"loss is {loss}" if np.isfinite(norm) or not np.isfinite(loss) else f"gradient norm is {norm}"
+            found = f"gradient norm is {norm}" if np.isfinite(loss) else f"loss is {loss}"
             raise Hopeless(
                 f"{found} at step {step.number}; lower train.learning_rate={self.settings.learning_rate:g} "
                 f"or check rows {[self.examples[row].example_id for row in step.rows][:3]}"
             )
-        in_run_seconds, refreshed = 0.0, False
-        if self.in_run is not None:
-            clip = min(1.0, self.settings.max_grad_norm / (norm + 1e-6))
-            in_run_seconds, refreshed = self.in_run.take_scores(step, lr=lr, clip=clip, num_rows=len(rows))
-        if self.rank == 0:
-            seconds, now_us = time.monotonic() - started, _now_us()
-            tokens, padding = size.num_tokens, size.padding_share
-            self.journal.append(
-                StepTaken(
-                    step.number, lr, loss, step.rows, tokens, padding, seconds, now_us, norm, in_run_seconds, refreshed
-                )
-            )
+        return loss, norm
 
     def _build_model(self) -> nn.Module:
         """Load base and adapter; a failure anywhere (missing file, unknown module) ends the run on all ranks."""

@@ -69,6 +69,9 @@ def read_query_sets(trail: "Trail", references: Sequence[str], tokenizer: Any, *
     for name in names:
         if names.count(name) > 1:
             raise QueryError(f"train.query_sets: two sets are called {name!r}; rename one of the files")
+    for reference in references:
+        if Path(reference).is_file():
+            trail.store.put_blob(Path(reference))
     return sets
 
 
@@ -120,40 +123,47 @@ def warnings(sets: Sequence[QuerySet], examples: Sequence[Example]) -> list[str]
     return found
 
 
-def _read(trail: "Trail", reference: str, tokenizer: Any, max_length: int) -> QuerySet:
+def artefact_of(trail: "Trail", reference: str) -> "Artefact":
+    """Return what a reference to a query set means, by digest. Raises QueryError for one that means nothing."""
     from attribution.records import Artefact
+    from attribution.store import digest_of
+    from pipelines.train.refined import TrainError, resolve_refined
 
     path = Path(reference)
     if path.is_file():
-        return _suite(path, Artefact("suite", path.stem, trail.store.put_blob(path)), tokenizer, max_length)
+        return Artefact("suite", path.stem, digest_of(path.read_bytes()))
     if reference.startswith("sha256:") and trail.store.has(reference) and trail.store.path_of(reference).is_file():
-        name = _recorded_name(trail, reference)
-        return _suite(trail.store.path_of(reference), Artefact("suite", name, reference), tokenizer, max_length)
-    return _refined(trail, reference, tokenizer, max_length)
-
-
-def _suite(path: Path, artefact: "Artefact", tokenizer: Any, max_length: int) -> QuerySet:
-    from pipelines.benchmark.suites import read_suite
-
-    rows = [
-        (item.item_id, [_turn("user", item.prompt), _turn("assistant", item.reference)]) for item in read_suite(path)
-    ]
-    return _encoded(artefact, rows, tokenizer, max_length)
-
-
-def _refined(trail: "Trail", reference: str, tokenizer: Any, max_length: int) -> QuerySet:
-    from pipelines.refine.read import load_refined
-    from pipelines.train.refined import TrainError, resolve_refined
-
+        return Artefact("suite", _recorded_name(trail, reference), reference)
     try:
-        refined = resolve_refined(trail, reference)
+        return resolve_refined(trail, reference).artefact
     except TrainError as error:
         raise QueryError(
             f"query set {reference!r}: no such file, and no refined dataset of that name or digest ({error})"
         ) from error
-    records = load_refined(trail, refined.digest).select(["example_id", "messages"]).to_pylist()
-    rows = [(record["example_id"], record["messages"]) for record in records]
-    return _encoded(refined.artefact, rows, tokenizer, max_length)
+
+
+def _read(trail: "Trail", reference: str, tokenizer: Any, max_length: int) -> QuerySet:
+    artefact = artefact_of(trail, reference)
+    if artefact.kind == "suite":
+        rows = _suite_rows(Path(reference) if Path(reference).is_file() else trail.store.path_of(artefact.digest))
+    else:
+        rows = _refined_rows(trail, artefact.digest)
+    return _encoded(artefact, rows, tokenizer, max_length)
+
+
+def _suite_rows(path: Path) -> list[tuple[str, list[dict[str, str]]]]:
+    from pipelines.benchmark.suites import read_suite
+
+    return [
+        (item.item_id, [_turn("user", item.prompt), _turn("assistant", item.reference)]) for item in read_suite(path)
+    ]
+
+
+def _refined_rows(trail: "Trail", digest: str) -> list[tuple[str, list[dict[str, str]]]]:
+    from pipelines.refine.read import load_refined
+
+    records = load_refined(trail, digest).select(["example_id", "messages"]).to_pylist()
+    return [(record["example_id"], record["messages"]) for record in records]
 
 
 def _encoded(

@@ -1,5 +1,6 @@
 """Real Ray Train runs on the tiny base, against a plain torch loop."""
 
+import io
 import json
 import shutil
 from dataclasses import dataclass
@@ -257,6 +258,21 @@ def test_a_set_that_was_not_registered_is_named(trained: Trained) -> None:
         trace.in_run_scores("other")
     with pytest.raises(TraceError, match="query 'q7'"):
         trace.in_run_scores("held-out", query="q7")
+
+
+def test_the_trace_command_shows_what_there_is(trained: Trained) -> None:
+    from rich.console import Console
+
+    from cluster.commands.trace_tables import trace_view
+
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(*trace_view(trained.trail, "tiny", top=2))
+    shown = console.export_text()
+    assert "after steps 0, 2, 4, 6, 8, 10, 12; 0.1 MB each" in shown, shown
+    assert "2 workers of 1 threads, ZeRO-2" in shown and "float32 on cpu, sdpa attention" in shown
+    scores = Trace(trained.trace).in_run_scores("held-out")
+    best = trained.examples()[int(scores.argmax())]
+    assert f"{scores.max():+.2e}" in shown and best.example_id[:19] in shown
 
 
 def test_gradients_are_those_of_each_example(trained: Trained) -> None:
