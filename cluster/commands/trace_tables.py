@@ -39,7 +39,9 @@ def _parts(trace: Trace, digest: str, *, title: str) -> Table:
     table.add_row("steps, examples", f"{len(trace.steps)}, {len(trace.examples)}")
     sizes = [trace.gradients(step).nbytes for step in trace.checkpoint_steps]
     after = ", ".join(map(str, trace.checkpoint_steps))
-    table.add_row("gradients of every example", f"after steps {after}; {sizes[0] / len(trace.examples) / 1e3:.1f} kB each")
+    table.add_row(
+        "gradients of every example", f"after steps {after}; {sizes[0] / len(trace.examples) / 1e3:.1f} kB each"
+    )
     if not trace.is_recorded:
         table.add_row("replay", "an adapter trained without a recorder cannot be replayed or audited")
         return table
@@ -56,7 +58,10 @@ def _recipe(trace: Trace) -> Iterator[tuple[str, str]]:
     yield "AdamW", f"betas {adam.beta1:g} {adam.beta2:g}, eps {adam.eps:g}, weight decay {facts.weight_decay:g}"
     norms = [step.grad_norm or 0.0 for step in trace.steps]
     num_clipped = sum(norm > facts.max_grad_norm for norm in norms)
-    yield "gradient norm", f"{min(norms):.3g} to {max(norms):.3g}, clipped to {facts.max_grad_norm:g} in {num_clipped} steps"
+    yield (
+        "gradient norm",
+        f"{min(norms):.3g} to {max(norms):.3g}, clipped to {facts.max_grad_norm:g} in {num_clipped} steps",
+    )
     kernel = f"{facts.attention} attention{', deterministic' if facts.deterministic else ''}"
     yield "arithmetic", f"{facts.dtype} on {facts.device}, {kernel}, torch {facts.versions['torch']}"
     workers = f"{facts.world_size} workers of {facts.threads_per_worker} threads, ZeRO-{facts.zero_stage}"

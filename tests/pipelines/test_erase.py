@@ -25,7 +25,7 @@ from attribution.trail import Entry, Trail
 from configs.schema import RefineSettings
 from pipelines import erase as pipeline
 from pipelines.contribute import add_contributor, contribute
-from pipelines.erase import erase, plan
+from pipelines.erase import EXAMPLES_FILE, erase, plan
 from pipelines.refine import driver
 from pipelines.refine.read import contributions, load_decisions, load_refined
 from pipelines.refine.why import ExampleError, find_example

@@ -234,7 +234,7 @@ def test_a_stretch_replays_to_the_same_bits(trained: Trained, start: int) -> Non
     assert trained.report.facts.state_steps == (2, 4, 6, 8, 10, 12)
     report = replay_from(trained.trail, trained.report.entry, start)
     assert report.equal and report.largest_difference is None, report.facts
-    assert [fact.fact for fact in report.facts][0] == f"weights after step {start + 2}"
+    assert report.facts[0].fact == f"weights after step {start + 2}"
 
 
 def test_an_end_and_a_step_without_a_state_are_refused(trained: Trained) -> None:
