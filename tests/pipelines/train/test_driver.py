@@ -228,13 +228,12 @@ def test_trace_holds_all_that_decides_the_bits(trained: Trained) -> None:
     assert not any(moment.any() for moment in (*start.exp_avg.values(), *start.exp_avg_sq.values()))
 
 
-@pytest.mark.parametrize("start", [0, 6])
-def test_a_stretch_replays_to_the_same_bits(trained: Trained, start: int) -> None:
+def test_a_stretch_replays_to_the_same_bits(trained: Trained) -> None:
     """Without the query set, too: watching changes nothing."""
     assert trained.report.facts.state_steps == (2, 4, 6, 8, 10, 12)
-    report = replay_from(trained.trail, trained.report.entry, start)
+    report = replay_from(trained.trail, trained.report.entry, 6)
     assert report.equal and report.largest_difference is None, report.facts
-    assert report.facts[0].fact == f"weights after step {start + 2}"
+    assert report.facts[0].fact == "weights after step 8"
 
 
 def test_an_end_and_a_step_without_a_state_are_refused(trained: Trained) -> None:
