@@ -162,8 +162,9 @@ def _suite_rows(path: Path) -> list[tuple[str, list[dict[str, str]]]]:
 def _refined_rows(trail: "Trail", digest: str) -> list[tuple[str, list[dict[str, str]]]]:
     from pipelines.refine.read import load_refined
 
-    records = load_refined(trail, digest).select(["example_id", "messages"]).to_pylist()
-    return [(record["example_id"], record["messages"]) for record in records]
+    # By place: an example's id follows from its content, and would outlive the example's erasure in the trace.
+    messages = load_refined(trail, digest).column("messages").to_pylist()
+    return [(f"row {number}", turns) for number, turns in enumerate(messages)]
 
 
 def _encoded(

@@ -324,8 +324,17 @@ def test_killed_worker_resumes_to_the_same_bits(trained: Trained) -> None:
 
 
 def test_loss_does_not_depend_on_the_number_of_workers(trained: Trained) -> None:
-    settings = SETTINGS.model_copy(update={"num_workers": 1, "zero_stage": 1, "num_checkpoints": 1})
+    rarely = {"in_run_refresh_steps": 5, "in_run_per_query": False}
+    settings = trained.settings.model_copy(
+        update={"num_workers": 1, "zero_stage": 1, "num_checkpoints": 1, "num_states": None, **rarely}
+    )
     report = train(trained.trail, trained.dataset, name="alone", base=trained.base, settings=settings)
+    assert report.in_run is not None and report.in_run.num_refreshes == 3  # before steps 1, 6 and 11
+    scores = [
+        Trace(trained.trail.store.get_directory(one.trace_digest)).in_run_scores("held-out", method="sgd")
+        for one in (report, trained.report)
+    ]
+    assert np.corrcoef(scores)[0, 1] > 0.7
     assert report.losses == pytest.approx(trained.report.losses, abs=LOSS_TOLERANCE)
     alone = load_file(trained.trail.store.get_directory(report.digest) / lora.ADAPTER_WEIGHTS_FILE)
     assert_close(alone, trained.weights)

@@ -33,6 +33,7 @@ def test_file_dataset_and_digest_name_a_set(trail: Trail, tiny_base: Path, tmp_p
     from_file, from_name = read(trail, tiny_base, suite(tmp_path / "held-out.jsonl"), "facts")
     assert (from_file.name, from_file.artefact.kind, len(from_file.items)) == ("held-out", "suite", 3)
     assert (from_name.name, from_name.artefact.kind, len(from_name.items)) == ("facts", "refined", len(FACTS))
+    assert [item.item_id for item in from_file.items[:2]] == ["q0", "q1"] and from_name.items[1].item_id == "row 1"
     (tmp_path / "held-out.jsonl").unlink()  # a replay has only the digest
     (again,) = read(trail, tiny_base, from_file.artefact.digest)
     assert again.items == from_file.items
