@@ -137,9 +137,7 @@ def artefact_of(trail: "Trail", reference: str) -> "Artefact":
     try:
         return resolve_refined(trail, reference).artefact
     except TrainError as error:
-        raise QueryError(
-            f"query set {reference!r}: no such file, and no refined dataset of that name or digest ({error})"
-        ) from error
+        raise QueryError(f"query set {reference!r}: no such file; {error}") from error
 
 
 def _read(trail: "Trail", reference: str, tokenizer: Any, max_length: int) -> QuerySet:

@@ -41,7 +41,7 @@ def test_file_dataset_and_digest_name_a_set(trail: Trail, tiny_base: Path, tmp_p
 
 
 def test_what_cannot_be_scored_against_is_named(trail: Trail, tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(QueryError, match="'nothing': no such file, and no refined dataset of that name"):
+    with pytest.raises(QueryError, match=r"'nothing': no such file; .*no such refined dataset; known: none"):
         read(trail, tiny_base, "nothing")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(SuiteError, match="it has no rows"):
