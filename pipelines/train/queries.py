@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 REFRESH_SHARE = 0.07
 """Tokens that all refreshes may run, as a share of the training's: with the row gradients' 3 % it stays under 10 %."""
 
+MIN_REFRESHES = 4
+"""Fewer in a run are warned of."""
+
 
 class QueryError(UserError):
     """A query set that cannot be read or scored against."""
@@ -99,6 +102,17 @@ def register(sets: Sequence[QuerySet], settings: TrainSettings, *, tokens_per_st
 def refresh_steps(num_tokens: int, *, tokens_per_step: float) -> int:
     """Return the least number of steps between refreshes of queries of so many tokens that keeps to REFRESH_SHARE."""
     return math.ceil(num_tokens / (REFRESH_SHARE * tokens_per_step))
+
+
+def stale_warning(refresh_steps: int, *, num_steps: int) -> list[str]:
+    """Warn of a run that is too short for its queries: most of it is scored along gradients of long ago."""
+    num_refreshes = math.ceil(num_steps / refresh_steps)
+    if num_refreshes >= MIN_REFRESHES:
+        return []
+    return [
+        f"in-run scores: the queries' gradients are taken {num_refreshes} times in {num_steps} steps, which ranks worse; "
+        f"give fewer queries, or train.in_run_refresh_steps = {max(1, num_steps // MIN_REFRESHES)} and more time"
+    ]
 
 
 def warnings(sets: Sequence[QuerySet], examples: Sequence[Example]) -> list[str]:

@@ -13,7 +13,7 @@ from configs.schema import TrainSettings
 from pipelines.benchmark.suites import SuiteError
 from pipelines.train.data import Example
 from pipelines.train.in_run import deal_queries
-from pipelines.train.queries import QueryError, QuerySet, read_query_sets, register, warnings
+from pipelines.train.queries import QueryError, QuerySet, read_query_sets, register, stale_warning, warnings
 from tests.pipelines.train.refined import FACTS, add_refined
 
 
@@ -83,6 +83,13 @@ def test_gradients_are_taken_as_often_as_the_tokens_allow(trail: Trail, tiny_bas
     each = register([found], rare, tokens_per_step=100)
     assert each is not None and each.refresh_steps == 9 and each.groups == (0, 1, 2)
     assert [column.query for column in each.columns] == ["q0", "q1", "q2"]
+
+
+def test_a_run_too_short_for_its_queries_is_warned_of() -> None:
+    assert stale_warning(25, num_steps=100) == []
+    (said,) = stale_warning(34, num_steps=100)
+    assert "taken 3 times in 100 steps" in said and "train.in_run_refresh_steps = 25" in said
+    assert "refresh_steps = 1 " in stale_warning(5, num_steps=2)[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
