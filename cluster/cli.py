@@ -10,6 +10,7 @@ import typer
 
 from cluster.commands import (
     ask,
+    audit,
     config,
     data,
     demo,
@@ -43,6 +44,7 @@ COMMAND_MODULES = (
     serve,
     engine,
     ask,
+    audit,
     log,
     fsck,
     tiles,
