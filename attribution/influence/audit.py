@@ -138,16 +138,16 @@ def ask_of_receipt(trail: "Trail", receipt_id: str) -> Asked:
     receipt = stored.row.receipt
     if receipt["adapter"] is None:
         raise AuditError(
-            f"receipt {receipt['id']}: it was answered by the base model alone, whose training nobody recorded here: no "
-            "row of this home made it, and there is nothing to audit"
+            f"receipt {receipt['id']}: the base model alone answered, whose training nobody recorded here: no row of "
+            "this home made it, and there is nothing to audit"
         )
     content = receipt_content(trail, receipt["id"])
     completion = Completion(tuple(content["prompt_token_ids"]), tuple(content["output_token_ids"]))
     num_targets = len(completion.output_token_ids) - (not completion.prompt_token_ids)
     if num_targets < 1:
         raise AuditError(
-            f"receipt {receipt['id']}: the completion has no token that was predicted from another, so nothing made it; "
-            f"its lineage still says who is behind {receipt['adapter_name']} (`trailmark lineage`)"
+            f"receipt {receipt['id']}: the completion has no token that was predicted from another, so nothing made "
+            f"it; its lineage still says who is behind {receipt['adapter_name']} (`trailmark lineage`)"
         )
     question = Question(
         f"receipt {receipt['id']}", [completion.encoded], num_targets, receipt["id"], stored.leaf_hash
@@ -160,8 +160,8 @@ def trace_of(trail: "Trail", adapter: str) -> Trace:
     digest = remaining(trail, str(trail.store.manifest(adapter).meta.get("trace") or ""))
     if not digest or not trail.store.has(digest):
         raise AuditError(
-            f"adapter {adapter[:19]}: it has no training trace (trained elsewhere, merged, or its trace was removed), so "
-            "its run cannot be replayed; its lineage still says who is behind it (`trailmark lineage`)"
+            f"adapter {adapter[:19]}: it has no training trace (trained elsewhere, merged, or its trace was removed), "
+            "so its run cannot be replayed; its lineage still says who is behind it (`trailmark lineage`)"
         )
     trace = Trace(trail.store.get_directory(digest))
     trace.facts  # noqa: B018 - refuses a trace without a recorder, and says what is left
@@ -181,7 +181,7 @@ def sweep(
     found = unrolled_scores(run, questions, states=states, queries_at_once=queries_at_once)
     seen = fidelity(run, states, drift=found.drift, replayed=replayed)
     if not math.isfinite(seen.max_abs_diff):
-        raise AuditError(f"trace {trace.path.name}: the replay ends in weights that are not finite; nothing can be said")
+        raise AuditError(f"trace {trace.path.name}: the replay ends in weights that are not finite; it says nothing")
     return Swept(found.scores, found.losses, seen, time.process_time() - started, torch.get_num_threads())
 
 
@@ -201,7 +201,7 @@ def load_model(base: Path, adapter: Path) -> Any:
 def audits_of(
     trail: "Trail", asked: Sequence[Asked], trace: Trace, swept: Swept, *, num_top: int, record: bool
 ) -> list[Audit]:
-    """Return one audit for each question that shared a sweep; with `record` those of receipts are written to the log."""
+    """Return one audit for each question that shared a sweep; `record` writes those of receipts to the log."""
     from attribution.lineage import Lineage
 
     names = dict(Lineage(trail).contributor_names())
@@ -275,8 +275,8 @@ def _contributors(
 
 def _not_exact(seen: Fidelity) -> str:
     return (
-        f"not exact: the replay ends {seen.max_rel_diff:.1e} of training's largest move away from the recorded weights "
-        f"(over {EXACT_SHARE:g}), so no causal claim; read it as a ranking"
+        f"not exact: the replay ends {seen.share_of_move:.1e} of training's way from the recorded weights (over "
+        f"{EXACT_SHARE:g}), so no causal claim; read it as a ranking"
     )
 
 
@@ -291,7 +291,7 @@ def _caveats(
             "train.dtype=float32 on the kind of machine that audits."
         )
     if question.num_target_tokens == 1:
-        found.append("The completion has one token: its effects are those on one probability, and say little of a text.")
+        found.append("The completion has one token: its effects are on one probability, and say little of a text.")
     large = [part.name for part in contributors if not part.is_small]
     if large:
         found.append(
@@ -305,8 +305,9 @@ def _method(trace: Trace, seen: Fidelity) -> str:
     segments = len(trace.state_steps) - 1
     kind = "exact" if seen.is_exact else "NOT exact"
     return (
-        f"{METHOD}: reverse sweep through {len(trace.steps)} AdamW updates in {segments} segments; replay {kind}, final "
-        f"weights within {seen.max_abs_diff:.1e} ({seen.max_rel_diff:.1e} of the largest move); -dL/dw in nats per token"
+        f"{METHOD}: reverse sweep through {len(trace.steps)} AdamW updates in {segments} segments; replay {kind}, "
+        f"final weights within {seen.max_abs_diff:.1e} ({seen.share_of_move:.1e} of the way); "
+        "-dL/dw in nats per token"
     )
 
 

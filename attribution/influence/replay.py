@@ -105,8 +105,8 @@ class LoraRun:
         facts = trace.facts
         if facts.lora_dropout:
             raise ReplayError(
-                f"trace {trace.path.name}: trained with train.lora_dropout={facts.lora_dropout:g}, whose masks were not "
-                "kept: the run cannot be replayed; its stored gradients still rank examples (`trailmark ask who`)"
+                f"trace {trace.path.name}: trained with train.lora_dropout={facts.lora_dropout:g}, whose masks were "
+                "not kept: the run cannot be replayed; its stored gradients still rank examples (`trailmark ask who`)"
             )
         recipe = RunRecipe(
             tuple(RunStep(step.rows, step.lr) for step in trace.steps),

@@ -21,7 +21,9 @@ def register(app: typer.Typer) -> None:
 
 def audit(
     receipt: Annotated[str | None, typer.Argument(help="A receipt id, or its beginning.")] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="Audit so many receipts of the home, drawn by --seed.")] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Audit so many receipts of the home, drawn by --seed.")
+    ] = None,
     queries: Annotated[
         str | None, typer.Option(metavar="SUITE", help="A suite file or refined dataset: the mean loss on it.")
     ] = None,

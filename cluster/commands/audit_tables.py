@@ -26,7 +26,8 @@ def print_audits(audits: "Sequence[Audit]", refused: "Sequence[Refused]") -> Non
 
 def _print_audit(console: Console, audit: "Audit") -> None:
     colour = "green" if audit.is_exact else "yellow"
-    console.print(f"\n[bold]What would {escape(audit.question)} lose?[/bold]  [{colour}]{escape(audit.label)}[/{colour}]")
+    console.print(f"\n[bold]What would {escape(audit.question)} lose?[/bold]")
+    console.print(f"[{colour}]{escape(audit.label)}[/{colour}]")
     console.print(
         f"{escape(audit.adapter_name)} answered at {audit.loss:.4f} nats per token ({audit.num_target_tokens} tokens). "
         "Effects are how much that rises, in thousandths of a nat, when a row is left out."
@@ -38,8 +39,8 @@ def _print_audit(console: Console, audit: "Audit") -> None:
     seen = audit.fidelity
     console.print(
         f"Replay: {'exact' if audit.is_exact else '[yellow]NOT exact[/yellow]'}; final weights within "
-        f"{seen.max_abs_diff:.1e} of the recorded ones ({seen.max_rel_diff:.1e} of the largest move), kept states within "
-        f"{seen.drift:.1e}."
+        f"{seen.max_abs_diff:.1e} of the recorded ones ({seen.share_of_move:.1e} of the way that training went), "
+        f"kept states within {seen.drift:.1e}."
     )
     for caveat in audit.caveats:
         console.print(f"[dim]{escape(caveat)}[/dim]")

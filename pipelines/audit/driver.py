@@ -1,4 +1,4 @@
-"""Audit receipts and query sets: one sweep for all questions on one adapter, as Ray tasks when this process is in Ray."""
+"""Audit receipts and query sets: one sweep for all questions on an adapter, as Ray tasks when a cluster is up."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -70,7 +70,8 @@ def audit(
         if isinstance(swept, UserError):
             refused += [Refused(one.question.name, str(swept)) for one in job.asked]
             continue
-        found = audits_of(trail, job.asked, trace_of(trail, job.asked[0].adapter), swept, num_top=num_top, record=record)
+        trace = trace_of(trail, job.asked[0].adapter)
+        found = audits_of(trail, job.asked, trace, swept, num_top=num_top, record=record)
         audits |= {each.question: each for each in found}
     order = [one.question.name for one in asked]
     return AuditReport(tuple(audits[name] for name in order if name in audits), tuple(refused))
@@ -108,7 +109,7 @@ def ask_of_suite(trail: "Trail", reference: str, *, adapter: str) -> Asked:
     digest = adapter if adapter.startswith("sha256:") else trail.registry.resolve(adapter, "adapter").digest
     entry = trail.find(digest)
     if entry is None or entry.record is None or not isinstance(entry.record.body, AdapterBody):
-        raise AuditError(f"--adapter {adapter!r}: no adapter that was trained in this home; `trailmark ask adapter` lists them")
+        raise AuditError(f"--adapter {adapter!r}: no adapter trained in this home; `trailmark ask adapter` lists them")
     body = entry.record.body
     tokenizer = AutoTokenizer.from_pretrained(trail.store.get_directory(body.base), local_files_only=True)
     (found,) = read_query_sets(trail, [reference], tokenizer, max_length=tokenizer.model_max_length)
@@ -125,7 +126,8 @@ def _jobs(trail: "Trail", asked: Sequence[Asked]) -> tuple[list[_Job], list[Refu
     refused: list[Refused] = []
     for (base, adapter), group in by_adapter.items():
         try:
-            folders = (trail.store.get_directory(base), trail.store.get_directory(adapter), trace_of(trail, adapter).path)
+            trace = trace_of(trail, adapter).path
+            folders = (trail.store.get_directory(base), trail.store.get_directory(adapter), trace)
         except UserError as error:
             refused += [Refused(one.question.name, str(error)) for one in group]
             continue

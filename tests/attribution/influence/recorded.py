@@ -93,4 +93,5 @@ def _train(planted: Planted, encoded: list, trace: Path) -> list[float]:
 
 def _keep(tensors: dict[str, torch.Tensor], folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+    plain = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+    save_file(plain, folder / f"{name}.safetensors")
