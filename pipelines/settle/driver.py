@@ -23,7 +23,7 @@ from pipelines.benchmark.suites import read_suite
 from pipelines.settle.cells import Cells
 from pipelines.settle.game import Game
 from pipelines.settle.plan import SettlePlan, plan_of
-from pipelines.settle.retrain import UNITS, Measured, Retrainer, Task, chunks, encode_items
+from pipelines.settle.retrain import UNITS, Measured, Retrainer, Task, chunks, task_of
 from pipelines.settle.subject import SettleError, Subject, subject_of
 from pipelines.settle.switches import switch_of
 
@@ -117,7 +117,7 @@ def settle(
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
     )
-    task = _task(trail, subject, game, plan, items=items)
+    task = task_of(trail, subject, game, plan, items=items)
     search = Search(settings.budget, settings.precision, settings.confidence, settings.seed, batch=_batch(settings))
     tell = progress or _ignore
     with _Pool(task, settings) as pool:
@@ -229,22 +229,6 @@ class _Pool:
             missing = range(len(self._workers), count)
             self._workers += [_Worker.options(**options).remote(task) for _ in missing]
         return self._workers[:count]
-
-
-def _task(trail: "Trail", subject: Subject, game: Game, plan: SettlePlan, *, items: Any) -> Task:
-    return Task(
-        mode=game.mode,
-        base_path=str(subject.adapter.base_path),
-        base_name=subject.adapter.base_name,
-        base_digest=subject.adapter.base_digest,
-        settings=subject.settings,
-        examples=game.examples,
-        adapter_paths=tuple(str(trail.store.get_directory(digest)) for digest in game.adapters),
-        items=items,
-        encoded_items=encode_items(items, subject.adapter.base_path),
-        utility=plan.utility,  # type: ignore[arg-type]
-        max_new_tokens=plan.max_new_tokens,
-    )
 
 
 def _setting(plan: SettlePlan) -> dict[str, Any]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from attribution.trail import Trail
 
 TOLERANCE = "0.0005"
-"""How far a cell measured again may lie from the recorded one: stacked runs round differently from single ones, and Adam
+"""How far a cell measured again may lie from the recorded one: stacked runs round otherwise than single ones, and Adam
 turns rounding into movement."""
 
 
@@ -45,6 +45,10 @@ class SettlePlan:
     items: tuple[str, ...]
     seed: int
     tolerance: str
+
+    @property
+    def player_ids(self) -> tuple[str, ...]:
+        return tuple(player.id for player in self.players)
 
     def put(self, trail: "Trail") -> str:
         """Store the plan and return its digest."""
