@@ -62,7 +62,7 @@ class PairDesign:
         """
         weight = np.ones(self.num_players) if weights is None else weights
         known = self.matrix()
-        inverse = np.linalg.inv(known.T @ known + np.eye(self.num_players))
+        inverse: Signs = np.asarray(np.linalg.inv(known.T @ known + np.eye(self.num_players)), dtype=np.float64)
         fresh: list[tuple[int, ...]] = []
         while len(fresh) < count and not self.is_complete:
             pair = self._best(self._candidates(), inverse, weight)

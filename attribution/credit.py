@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from attribution.coalitions import Coalitions, PairDesign, near_full
 from attribution.estimates import Array, Estimate, Observed, banzhaf_estimate, left_out_estimate
-from attribution.evidence import NO_EFFECT
 from attribution.settlement import SettledVerdict
 from attribution.significance import holm
 from configs.errors import UserError
@@ -68,7 +67,7 @@ class Credit:
     def verdict(self, player: int) -> SettledVerdict:
         """Say what a player did, at the family-wise level of the confidence."""
         if self.p_values[player] >= 1 - self.confidence:
-            return NO_EFFECT
+            return "no measurable effect"
         return "helped" if self.banzhaf.values[player] > 0 else "hindered"
 
 

@@ -119,7 +119,7 @@ def _estimate(fitted: _Fitted, plain: _Fitted, *, confidence: float, seed: int) 
 def _fit(observed: Observed, prior: Array | None) -> _Fitted:
     design, outcomes = observed.design, observed.outcomes
     if observed.is_exact:
-        cells = np.linalg.lstsq(design, outcomes, rcond=None)[0]
+        cells: Array = np.asarray(np.linalg.lstsq(design, outcomes, rcond=None)[0], dtype=np.float64)
         none = np.zeros_like(cells)
         return _Fitted(cells, none, none[:, 0], np.ones(len(cells)), np.inf)
     mean = None if prior is None else scaled_prior(design, outcomes, prior)

@@ -37,10 +37,12 @@ class SettleBars:
 
     def __call__(self, event: "Budget | Measuring | Credit") -> None:
         """Show one event."""
+        from pipelines.settle.driver import Measuring
+
         if isinstance(event, Credit):
             width = float(event.banzhaf.coalition_width.max())
             self._progress.update(self._task, facts=f"{event.num_pairs} pairs, widest interval +-{width:.4f}")
-        elif hasattr(event, "num_done"):
+        elif isinstance(event, Measuring):
             self._progress.update(self._task, completed=event.num_done, total=event.num_total)
         else:
             self._console.print(budget_line(event))

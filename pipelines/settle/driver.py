@@ -226,8 +226,9 @@ class _Pool:
                 "max_restarts": NUM_RESTARTS,
                 "max_task_retries": NUM_RESTARTS,
             }
+            worker: Any = _Worker
             missing = range(len(self._workers), count)
-            self._workers += [_Worker.options(**options).remote(task) for _ in missing]
+            self._workers += [worker.options(**options).remote(task) for _ in missing]
         return self._workers[:count]
 
 

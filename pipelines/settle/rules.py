@@ -47,7 +47,7 @@ def game_of_rules(trail: "Trail", subject: Subject, _: tuple[str, ...]) -> Game:
         active = coalition.copy()
         if place_of_dedup is not None:
             active[place_of_dedup] = False
-        left = ~blocked[:, active].any(axis=1)
+        left: Bits = np.logical_not(np.any(blocked[:, active], axis=1))
         return _first_of_each(keys, left) if place_of_dedup is None or coalition[place_of_dedup] else left
 
     digests = {rule.name: rule.digest for rule in subject.refinement.rules}
