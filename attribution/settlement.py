@@ -87,8 +87,12 @@ class Settlement:
         return TIER
 
 
-def record_settlement(trail: "Trail", settlement: Settlement, *, config: str | None = None) -> "Entry":
+def record_settlement(
+    trail: "Trail", settlement: Settlement, *, config: str | None = None, workflow: Artefact | None = None
+) -> "Entry":
     """Append a `settlement` record, with the adapter, its base, its dataset and the suite as inputs.
+
+    `workflow`: the definition of the workflow that asked, an input too.
 
     Raises:
         SettlementError: the adapter has no record any more, or the settlement has no players.
@@ -107,7 +111,7 @@ def record_settlement(trail: "Trail", settlement: Settlement, *, config: str | N
     return trail.record(
         "settlement",
         body,
-        inputs=(adapter, *made.record.inputs[:2], suite),
+        inputs=(adapter, *made.record.inputs[:2], suite, *([workflow] if workflow else [])),
         outputs=(
             Artefact("table", f"{body.adapter_name}.values", values),
             Artefact("table", f"{body.adapter_name}.coalitions", body.table),

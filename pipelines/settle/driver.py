@@ -89,10 +89,12 @@ def settle(
     others: tuple[str, ...] = (),
     progress: Progress | None = None,
     dry_run: bool = False,
+    workflow: "Artefact | None" = None,
 ) -> SettleReport | None:
     """Measure what the players behind `adapter` are worth on `suite`, and record it; None for a dry run.
 
     `over` names a switch (see `switches.SWITCHES`); `others`: digests of further adapters, for those that take them.
+    `workflow`: the definition of the workflow that asks, an input of the record.
 
     Raises:
         SettleError: what the adapter was made from is gone, or does not part into players in this way.
@@ -128,7 +130,7 @@ def settle(
         credit = measure_credit(retrains, len(game.players), search=search, progress=tell)
     settlement = _settlement(trail, subject, game, credit, plan, retrains, suite_name=suite.stem)
     config = trail.run_config(settings)
-    entry = record_settlement(trail, settlement, config=config)
+    entry = record_settlement(trail, settlement, config=config, workflow=workflow)
     return SettleReport(entry, settlement, credit, game, plan.items, retrains.num_reused, time.perf_counter() - began)
 
 
