@@ -28,6 +28,7 @@ from pipelines.settle.subject import SettleError, Subject, subject_of
 from pipelines.settle.switches import switch_of
 
 if TYPE_CHECKING:
+    from attribution.records import Artefact
     from attribution.trail import Entry, Trail
 
 NUM_RESTARTS = 3
