@@ -30,8 +30,7 @@ from attribution.coalitions import Coalitions, PairDesign
 from attribution.credit import Search, Table, banzhaf_observed, measure_credit
 from attribution.estimates import Estimate, banzhaf_estimate
 from attribution.exact_values import all_coalitions, exact_banzhaf, exact_shapley, leave_one_out, msr_banzhaf
-from attribution.influence.replay import LoraRun, RunState
-from attribution.influence.stacked_lora import TokenRows
+from attribution.influence.group_gains import group_gains
 from attribution.ridge import fit_ridge
 from benchmarks.attribution.facts import Size
 from benchmarks.attribution.lab import Lab, LabSettings
@@ -41,8 +40,6 @@ CACHE = Path("build/contributor_credit")
 NUM_PLAYERS, NUM_ASKED, CONFIDENCE = 8, 24, 0.9
 BUDGETS = (16, 24, 32, 48, 64, 128)
 FULL, QUICK = Size(num_rows=192, num_queries=72), Size(num_rows=96, num_queries=72)
-GRADIENT_STEPS = 8
-"""The in-run baseline takes gradients at every so many steps."""
 
 
 @dataclass(frozen=True)
@@ -111,31 +108,10 @@ def train_all(lab: Lab, *, cache: Path) -> tuple[Array, float]:
 
 
 def in_run_sums(lab: Lab) -> Array:
-    """Return [8, q]: first-order gains of each contributor's rows, preconditioned as Adam does, summed over the run.
-
-    gain(c, q) = sum over steps of rate * (gradient of q) . P (gradient of c's part of the step's loss), P = 1/(sqrt(v)
-    + eps) after bias correction.
-    """
-    run = lab.run()
+    """Return [8, q]: first-order gains of each contributor's rows, summed over looks at the run."""
     owners = torch.tensor([int(row.contributor.rpartition("-")[2]) for row in lab.world.rows])
     masks = (owners[None, :] == torch.arange(NUM_PLAYERS)[:, None]).float()
-    total, state = torch.zeros(NUM_PLAYERS, len(lab.queries)), run.initial()
-    with run.lora.attached():
-        for step in range(run.num_steps):
-            if step % GRADIENT_STEPS == 0 and step:
-                scale = 1 / ((state.exp_avg_sq / (1 - run.recipe.beta2**state.step)).sqrt() + run.recipe.eps)
-                of_rows = run.gradient(state.weights.expand(NUM_PLAYERS, -1), step, masks)
-                total += run.recipe.steps[step].lr * (of_rows * scale) @ _query_gradients(run, state, lab).T
-            state = run.advance(state, step)
-    return total.double().numpy()
-
-
-def _query_gradients(run: LoraRun, state: RunState, lab: Lab) -> torch.Tensor:
-    data = TokenRows.of(lab.queries)
-    with torch.enable_grad():
-        leaf = state.weights.expand(len(lab.queries), -1).clone().requires_grad_()
-        losses = run.lora.row_losses(leaf, *data.take(torch.arange(len(lab.queries))))
-        return torch.autograd.grad((losses[:, 0] / data.num_targets).sum(), leaf)[0]
+    return group_gains(lab.run(), masks, lab.queries).double().numpy()
 
 
 def _design(seed: int, num_pairs: int) -> PairDesign:

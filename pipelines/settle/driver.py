@@ -128,8 +128,11 @@ def settle(
         tell(retrains.announce(settings))
         if dry_run:
             return None
-        credit = measure_credit(retrains, len(game.players), search=search, progress=tell)
-    settlement = _settlement(trail, subject, game, credit, plan, retrains, suite_name=suite.stem)
+        prior = pool.predicted_gains(game) if settings.gradient_prior and game.mode == "replay" else None
+        credit = measure_credit(retrains, len(game.players), search=search, prior=prior, progress=tell)
+    has_prior = prior is not None and credit.stopped != "exact"
+    method = _method(game, credit, has_prior=has_prior, has_dropout=subject.settings.lora_dropout > 0)
+    settlement = _settlement(trail, subject, game, credit, plan, retrains, suite_name=suite.stem, method=method)
     config = trail.run_config(settings)
     entry = record_settlement(trail, settlement, config=config, workflow=workflow)
     return SettleReport(entry, settlement, credit, game, plan.items, retrains.num_reused, time.perf_counter() - began)
@@ -189,6 +192,10 @@ class _Worker:
     def __init__(self, task: Task) -> None:
         self._retrainer = Retrainer(task)
 
+    def predicted_gains(self, chosen: Any) -> Any:
+        """Return what gradients say of each player's rows."""
+        return self._retrainer.predicted_gains(chosen)
+
     def measure(self, start: int, chosen: Any) -> tuple[int, list[Measured]]:
         """Measure coalitions that begin at place `start`."""
         return start, self._retrainer.measure(chosen)
@@ -218,6 +225,13 @@ class _Pool:
         work = list(zip(starts, chunks(chosen, size), strict=True))
         for start, measured in pool.map_unordered(lambda worker, item: worker.measure.remote(*item), work):
             yield range(start, start + len(measured)), measured
+
+    def predicted_gains(self, game: Game) -> Array:
+        """Return [n, q]: what gradients say that each player did to each item; costs about one retrain."""
+        (worker,) = self._start(1)
+        alone = np.eye(len(game.players), dtype=bool)
+        found: Array = ray.get(worker.predicted_gains.remote(np.stack([game.chosen(row) for row in alone])))
+        return found
 
     def _start(self, count: int) -> list[Any]:
         if len(self._workers) < count:
@@ -256,6 +270,7 @@ def _settlement(
     retrains: Retrains,
     *,
     suite_name: str,
+    method: str,
 ) -> Settlement:
     cells = [retrains.measured[row.tobytes()] for row in credit.coalitions]
     table = pa.table(
@@ -275,7 +290,7 @@ def _settlement(
         full_value=float(credit.full.mean()),
         num_coalitions=len(credit.coalitions),
         num_cells=credit.utilities.size,
-        method=_method(game, credit),
+        method=method,
         confidence=credit.confidence,
         seed=plan.seed,
         table=trail.put_table(table),
@@ -307,7 +322,7 @@ def settled_players(game: Game, credit: Credit) -> tuple[SettledPlayer, ...]:
     )
 
 
-def _method(game: Game, credit: Credit) -> str:
+def _method(game: Game, credit: Credit, *, has_prior: bool, has_dropout: bool) -> str:
     how = {
         "replay": "the recorded run again with the rows of absent players at weight zero",
         "train": "trained from the start on the rows left",
@@ -318,7 +333,9 @@ def _method(game: Game, credit: Credit) -> str:
         if credit.stopped == "exact"
         else f"ridge over {credit.num_pairs} complementary pairs"
     )
-    return f"settle: Banzhaf values, {fit}; {how}; float32, one seed"
+    prior = ", drawn to what gradients predict" if has_prior else ""
+    dropout = ", without the adapter's dropout" if has_dropout else ""
+    return f"settle: Banzhaf values, {fit}{prior}; {how}; float32, one seed{dropout}"
 
 
 def _batch(settings: SettleSettings) -> int:

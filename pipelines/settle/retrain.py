@@ -81,13 +81,23 @@ class Retrainer:
             return [self._trained(row) for row in chosen]
         return self._replayed(chosen)
 
-    def _replayed(self, chosen: Bits) -> list[Measured]:
-        """Runs of one schedule, stacked on one forward."""
+    def predicted_gains(self, chosen: Bits) -> NDArray[np.float64]:
+        """Return [n, q]: what gradients say that each player's rows (bool [n, N]) did to each item."""
+        from attribution.influence.group_gains import group_gains
+
+        masks = torch.from_numpy(chosen.astype(np.float32))
+        return np.asarray(group_gains(self._recorded_run(), masks, self.task.encoded_items).double().numpy())
+
+    def _recorded_run(self) -> LoraRun:
         if self._run is None:
             self._run = self.lora_run(self.task.examples)
-        began = time.perf_counter()
-        state = self._run.run_many(torch.from_numpy(chosen.astype(np.float32)))
-        return self._all_measured(self._run, state, began)
+        return self._run
+
+    def _replayed(self, chosen: Bits) -> list[Measured]:
+        """Runs of one schedule, stacked on one forward."""
+        run, began = self._recorded_run(), time.perf_counter()
+        state = run.run_many(torch.from_numpy(chosen.astype(np.float32)))
+        return self._all_measured(run, state, began)
 
     def _trained(self, chosen: Bits) -> Measured:
         """One run, planned for the rows that are left."""

@@ -240,3 +240,13 @@ def test_what_is_gone_is_named(world: World, tiny_base: Path, tmp_path: Path) ->
     )
     with pytest.raises(SettleError, match="the settings it was trained under are not in this home"):
         settle(world.trail, "bare", suite=world.suite, over="contributors", settings=settings)
+
+
+def test_gradients_foretell_who_helped_and_a_prior_may_start_from_them(world: World, report: SettleReport) -> None:
+    game = game_of(world, "contributors")
+    alone = np.stack([game.chosen(row) for row in np.eye(3, dtype=bool)])
+    gains = retrainer_of(world, game).predicted_gains(alone)
+    exact = report.credit.banzhaf.cells
+    assert np.corrcoef(gains.ravel(), exact.ravel())[0, 1] > 0.5
+    found = run(world, gradient_prior=True, precision=0)
+    np.testing.assert_allclose(found.credit.banzhaf.cells, exact, atol=TOLERANCE)  # all were measured: nothing to guess
