@@ -1,4 +1,4 @@
-"""First-order gains of groups of rows, taken while a recorded run is run again: where a settlement's ridge starts from."""
+"""First-order gains of groups of rows, taken while a run is run again: where a settlement's ridge may start from."""
 
 from collections.abc import Sequence
 

@@ -250,3 +250,29 @@ def test_gradients_foretell_who_helped_and_a_prior_may_start_from_them(world: Wo
     assert np.corrcoef(gains.ravel(), exact.ravel())[0, 1] > 0.5
     found = run(world, gradient_prior=True, precision=0)
     np.testing.assert_allclose(found.credit.banzhaf.cells, exact, atol=TOLERANCE)  # all were measured: nothing to guess
+
+
+def test_the_command_prints_cost_first_and_a_verdict_each(
+    world: World, report: SettleReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import typer
+    from typer.testing import CliRunner
+
+    from cluster.commands import settle as command
+
+    monkeypatch.setenv("TRAILMARK_HOME", str(world.trail.home))
+    monkeypatch.setenv("COLUMNS", "220")
+    app = typer.Typer()
+    command.register(app)
+    asked = ["facts", "--suite", str(world.suite)]
+    dry = CliRunner().invoke(app, [*asked, "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert "3 contributors: at most 7 retrains (all 7 coalitions), 1 of them measured already" in dry.output
+    assert "verdict" not in dry.output
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    assert done.output.index("at most 7 retrains") < done.output.index("verdict")
+    for name in ("mira", "otto", "tiny", "helped", "every coalition was measured"):
+        assert name in done.output
+    wrong = CliRunner().invoke(app, [*asked, "--over", "contributers"])
+    assert "did you mean 'contributors'" in str(wrong.exception)
