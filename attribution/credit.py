@@ -45,6 +45,12 @@ class Search:
     seed: int = 0
     batch: int = 8
 
+    @classmethod
+    def of(cls, section: Any) -> "Search":
+        """Return the search that a `settle` section of the configuration asks for."""
+        at_once = section.num_workers * section.runs_at_once
+        return cls(section.budget, section.precision, section.confidence, section.seed, batch=at_once)
+
 
 @dataclass(frozen=True)
 class Credit:

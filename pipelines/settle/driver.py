@@ -6,7 +6,8 @@ Ray is initialised by the caller. HOME must be readable from every node that tra
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from attribution.coalitions import Coalitions
 from attribution.credit import Credit, Search, least_budget, measure_credit
 from attribution.estimates import Array
 from attribution.settlement import SettledPlayer, Settlement, record_settlement
+from configs.errors import UserError
 from configs.schema import SettleSettings
 from pipelines.benchmark.suites import read_suite
 from pipelines.settle.cells import Cells
@@ -121,7 +123,6 @@ def settle(
         seed=settings.seed,
     )
     task = task_of(trail, subject, game, plan, items=items)
-    search = Search(settings.budget, settings.precision, settings.confidence, settings.seed, batch=_batch(settings))
     tell = progress or _ignore
     with _Pool(task, settings) as pool:
         retrains = Retrains(trail, game, plan, pool, tell=tell, budget=settings.budget)
@@ -129,6 +130,9 @@ def settle(
         if dry_run:
             return None
         prior = pool.predicted_gains(game) if settings.gradient_prior and game.mode == "replay" else None
+        if prior is not None:
+            plan = replace(plan, prior=trail.put_table(pa.table({"gains": list(prior)})))
+        search = Search.of(settings)
         credit = measure_credit(retrains, len(game.players), search=search, prior=prior, progress=tell)
     has_prior = prior is not None and credit.stopped != "exact"
     method = _method(game, credit, has_prior=has_prior, has_dropout=subject.settings.lora_dropout > 0)
@@ -223,14 +227,16 @@ class _Pool:
         starts = range(0, len(chosen), size)
         pool = ActorPool(self._start(min(len(starts), self._settings.num_workers)))
         work = list(zip(starts, chunks(chosen, size), strict=True))
-        for start, measured in pool.map_unordered(lambda worker, item: worker.measure.remote(*item), work):
-            yield range(start, start + len(measured)), measured
+        with _as_raised():
+            for start, measured in pool.map_unordered(lambda worker, item: worker.measure.remote(*item), work):
+                yield range(start, start + len(measured)), measured
 
     def predicted_gains(self, game: Game) -> Array:
         """Return [n, q]: what gradients say that each player did to each item; costs about one retrain."""
         (worker,) = self._start(1)
         alone = np.eye(len(game.players), dtype=bool)
-        found: Array = ray.get(worker.predicted_gains.remote(np.stack([game.chosen(row) for row in alone])))
+        with _as_raised():
+            found: Array = ray.get(worker.predicted_gains.remote(np.stack([game.chosen(row) for row in alone])))
         return found
 
     def _start(self, count: int) -> list[Any]:
@@ -247,6 +253,17 @@ class _Pool:
             missing = range(len(self._workers), count)
             self._workers += [worker.options(**options).remote(task) for _ in missing]
         return self._workers[:count]
+
+
+@contextmanager
+def _as_raised() -> Iterator[None]:
+    """Raise a user's mistake that a worker found as itself, without Ray's trace around it."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from error
+        raise
 
 
 def _setting(plan: SettlePlan) -> dict[str, Any]:
@@ -336,10 +353,6 @@ def _method(game: Game, credit: Credit, *, has_prior: bool, has_dropout: bool) -
     prior = ", drawn to what gradients predict" if has_prior else ""
     dropout = ", without the adapter's dropout" if has_dropout else ""
     return f"settle: Banzhaf values, {fit}{prior}; {how}; float32, one seed{dropout}"
-
-
-def _batch(settings: SettleSettings) -> int:
-    return settings.num_workers * settings.runs_at_once
 
 
 def _ignore(_: Budget | Measuring | Credit) -> None:

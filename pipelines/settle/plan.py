@@ -1,6 +1,6 @@
 """The plan of a settlement: a JSON blob from which anyone with this home can measure any of its cells again."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attribution.records import from_plain, to_plain
@@ -17,17 +17,19 @@ turns rounding into movement."""
 
 @dataclass(frozen=True)
 class PlannedPlayer:
-    """A player in the order of the bits of a coalition."""
+    """A player in the order of the bits of a coalition; its name is said elsewhere, where it may be erased."""
 
     kind: str
     id: str
-    name: str
     num_rows: int
 
 
 @dataclass(frozen=True)
 class SettlePlan:
-    """What was measured and how; numbers with a point stand as text, as RFC 8785 integers have none."""
+    """What was measured and how; numbers with a point stand as text, for the blob holds integers alone.
+
+    `prior`: digest of the table of predicted gains that the fit started from (a row for each player), '' without one.
+    """
 
     version: int
     adapter: str
@@ -45,6 +47,7 @@ class SettlePlan:
     items: tuple[str, ...]
     seed: int
     tolerance: str
+    prior: str
 
     @property
     def player_ids(self) -> tuple[str, ...]:
@@ -77,8 +80,9 @@ def plan_of(
         mode=game.mode,
         others=others,
         game=game.digest,
-        players=tuple(PlannedPlayer(**asdict(player)) for player in game.players),
+        players=tuple(PlannedPlayer(player.kind, player.id, player.num_rows) for player in game.players),
         items=items,
         tolerance=TOLERANCE,
+        prior="",
         **how,
     )

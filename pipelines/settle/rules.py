@@ -35,7 +35,7 @@ def game_of_rules(trail: "Trail", subject: Subject, _: tuple[str, ...]) -> Game:
     if not names:
         raise SettleError(f"dataset {subject.dataset}: no rule dropped a row that can be trained on, so none mattered")
     tokenizer = AutoTokenizer.from_pretrained(subject.adapter.base_path, local_files_only=True)
-    rows = _contributed(trail, subject)
+    rows = [row for row in _contributed(trail, subject) if not dropped_by[row["example_id"]] & ALWAYS_ON]
     encoded = encode_rows(pa.Table.from_pylist(rows), tokenizer, max_length=subject.settings.max_length)
     by_id = {row["example_id"]: row for row in rows}
     used = [by_id[example.example_id] for example in encoded.examples]
