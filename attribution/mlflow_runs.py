@@ -161,8 +161,9 @@ def write_settlement(context: ViewContext, entry: Entry) -> None:
     assert entry.record is not None and isinstance(entry.record.body, SettlementBody)
     record, body = entry.record, entry.record.body
     lines = [
-        f"- {escape(player_name(context.trail, player.kind, player.id))} ({player.kind}): **{player.value_micro / MICRO:+.4f}** "
-        f"({player.low_micro / MICRO:+.4f} to {player.high_micro / MICRO:+.4f}), {player.verdict}"
+        f"- {escape(player.name or player_name(context.trail, player.kind, player.id))} ({player.kind}): "
+        f"**{player.value_micro / MICRO:+.4f}** ({player.low_micro / MICRO:+.4f} to "
+        f"{player.high_micro / MICRO:+.4f}), {player.verdict}"
         for player in body.players
     ]
     summary = (
