@@ -1,5 +1,6 @@
 """Settling a real adapter on Ray: against every coalition trained by itself, resumed, refused where it cannot be."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attribution.bodies import AdapterBody
 from attribution.credit import Credit, CreditError
 from attribution.exact_values import all_coalitions, exact_banzhaf, leave_one_out
+from attribution.records import Artefact
 from attribution.settlement import settlements
 from configs.schema import SettleSettings
 from pipelines.benchmark.run import BenchmarkError
 from pipelines.benchmark.suites import read_suite
+from pipelines.settle.answers import greedy_answers, matches
+from pipelines.settle.cells import Cells
 from pipelines.settle.driver import Budget, SettleReport, settle
 from pipelines.settle.game import Game
 from pipelines.settle.recheck import recheck
-from pipelines.settle.retrain import Retrainer, Task, encode_items
+from pipelines.settle.retrain import Retrainer, Task, UtilityName, encode_items
 from pipelines.settle.subject import SettleError, subject_of
 from pipelines.settle.switches import SWITCHES
-from tests.pipelines.settle.settled_world import SETTINGS, World, add_adapter, build_world
+from tests.pipelines.settle.settled_world import QUESTIONS, SETTINGS, World, add_adapter, build_world
 
 pytestmark = pytest.mark.ray
 TOLERANCE = 5e-4  # nats: see pipelines/settle/plan.py
@@ -47,7 +52,7 @@ def game_of(world: World, over: str) -> Game:
     return SWITCHES[over].build(world.trail, subject_of(world.trail, "facts"), ())
 
 
-def retrainer_of(world: World, game: Game) -> Retrainer:
+def retrainer_of(world: World, game: Game, *, utility: UtilityName = "log_likelihood") -> Retrainer:
     subject = subject_of(world.trail, "facts")
     items = read_suite(world.suite)
     encoded = encode_items(items, subject.adapter.base_path)
@@ -62,8 +67,8 @@ def retrainer_of(world: World, game: Game) -> Retrainer:
             (),
             items,
             encoded,
-            "log_likelihood",
-            8,
+            utility,
+            16,
         )
     )
 
@@ -91,8 +96,8 @@ def test_the_record_tells_who_mattered(world: World, report: SettleReport) -> No
     cells = report.credit.banzhaf.cells
     ferries, towns = (np.isin(items, [f"q{number}" for number in numbers]) for numbers in (range(4), range(4, 8)))
     places = {player.name: place for place, player in enumerate(report.game.players)}
-    assert cells[places["mira"], ferries].mean() > cells[places["mira"], towns].mean()
-    assert cells[places["otto"], towns].mean() > cells[places["otto"], ferries].mean()
+    leans = {name: cells[place, ferries].mean() - cells[place, towns].mean() for name, place in places.items()}
+    assert leans["mira"] > leans["otto"]
 
 
 def test_the_full_coalition_is_the_adapter_itself(world: World, report: SettleReport) -> None:
@@ -137,11 +142,17 @@ def test_a_killed_run_goes_on_where_it_was(world: World, report: SettleReport) -
         assert new.value == pytest.approx(old.value, abs=TOLERANCE) and new.verdict == old.verdict
 
 
-def test_another_suite_shares_nothing(world: World, report: SettleReport, tmp_path: Path) -> None:
-    changed = tmp_path / "questions.jsonl"
-    changed.write_text("\n".join(world.suite.read_text().splitlines()[:5]))
-    again = settle(world.trail, "facts", suite=changed, over="contributors", settings=SettleSettings(num_workers=1))
-    assert again is not None and again.num_reused <= 1 and again.credit.full.shape == (5,)
+def test_whatever_decides_a_utility_decides_its_cell(world: World, report: SettleReport) -> None:
+    game = game_of(world, "contributors")
+    setting = {"base": "b", "settings": "s", "suite": "q", "utility": "u", "tokens": 0}
+    chosen = game.chosen(np.array([True, False, True]))
+    known = Cells(world.trail.home, game, setting).digest(chosen)
+    assert known == Cells(world.trail.home, game_of(world, "datasets"), setting).digest(chosen)
+    others = [Cells(world.trail.home, game, {**setting, name: "other"}).digest(chosen) for name in setting]
+    others.append(Cells(world.trail.home, game, setting).digest(~chosen))
+    others.append(Cells(world.trail.home, replace(game, mode="train"), setting).digest(chosen))
+    others.append(Cells(world.trail.home, replace(game, examples=game.examples[1:]), setting).digest(chosen))
+    assert len({known, *others}) == 1 + len(others)
 
 
 def test_datasets_of_one_contributor_each_come_to_the_same(world: World, report: SettleReport) -> None:
@@ -162,8 +173,13 @@ def test_a_rule_switched_off_brings_its_rows_back(world: World) -> None:
     settled = {example.example_id for example, is_in in zip(game.examples, on, strict=True) if is_in}
     kept = {example.example_id for example in game_of(world, "contributors").examples}
     assert settled == kept
-    found = run(world, over="rules")
-    assert found.credit.stopped == "exact" and "trained from the start" in found.settlement.method
+    with_rule, without, of_rows = (
+        np.array(cell.utilities)
+        for cell in retrainer_of(world, game).measure(np.stack([on, off]))
+        + retrainer_of(world, game_of(world, "contributors")).measure(np.ones((1, 13), dtype=bool))
+    )
+    np.testing.assert_allclose(with_rule, of_rows, atol=TOLERANCE)  # with the rule on: the adapter itself
+    assert abs(with_rule - without).max() > 10 * TOLERANCE
 
 
 def test_adapters_are_switched_on_one_base(world: World, tmp_path: Path) -> None:
@@ -182,9 +198,21 @@ def test_adapters_are_switched_on_one_base(world: World, tmp_path: Path) -> None
 
 
 def test_exact_matches_can_be_the_utility(world: World) -> None:
-    found = run(world, utility="exact_match", budget=7)
-    assert set(np.unique(found.credit.utilities)) <= {0.0, 1.0}
-    assert found.settlement.utility.startswith("exact matches")
+    retrainer = retrainer_of(world, game_of(world, "contributors"), utility="exact_match")
+    taught = read_suite(world.suite)[0]
+    retrainer.task = replace(
+        retrainer.task, items=(taught, replace(taught, item_id="no", reference="Never.", expected=("x",)))
+    )
+    full, none = retrainer.measure(np.array([[True] * 13, [False] * 13]))
+    assert full.utilities in ((1.0, 0.0), (0.0, 0.0)) and none.utilities == (0.0, 0.0)
+    answers = greedy_answers(
+        [replace(taught, prompt=QUESTIONS[0][0])],
+        [world.trail.store.get_directory(world.adapter)],
+        base_path=retrainer.task.base_path,
+        base_digest=retrainer.task.base_digest,
+        max_new_tokens=16,
+    )
+    assert matches([taught], answers[0]) == [full.utilities[0]]
 
 
 def test_any_cell_can_be_measured_again(world: World, report: SettleReport) -> None:
@@ -224,22 +252,28 @@ def test_what_is_gone_is_named(world: World, tiny_base: Path, tmp_path: Path) ->
     settings = SettleSettings(num_workers=1)
     with pytest.raises(BenchmarkError, match="nobody"):
         settle(world.trail, "nobody", suite=world.suite, over="contributors", settings=settings)
-    assert subject.entry.record is not None
-    lost = replace(subject.entry.record.body, name="lost", dataset=where["dataset"])  # type: ignore[type-var]
-    world.trail.record(
-        "adapter",
-        lost,
-        inputs=subject.entry.record.inputs,
-        outputs=subject.entry.record.outputs,
-        config=subject.entry.record.config,
-    )
+    for number, name in enumerate(("lost", "bare")):
+        _record_adapter_like(world, tmp_path / name, name=name, dataset=where["dataset"], has_settings=not number)
     with pytest.raises(SettleError, match="rows it was trained on are not in this home"):
         settle(world.trail, "lost", suite=world.suite, over="contributors", settings=settings)
-    world.trail.record(
-        "adapter", replace(lost, name="bare"), inputs=subject.entry.record.inputs, outputs=subject.entry.record.outputs
-    )
     with pytest.raises(SettleError, match="the settings it was trained under are not in this home"):
         settle(world.trail, "bare", suite=world.suite, over="contributors", settings=settings)
+
+
+def _record_adapter_like(world: World, folder: Path, *, name: str, dataset: str, has_settings: bool) -> None:
+    """Record an adapter as others hand them in: without its rows, or without its settings too."""
+    record = subject_of(world.trail, "facts").entry.record
+    assert record is not None and isinstance(record.body, AdapterBody)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"name": name}))
+    digest = world.trail.store.put_directory(folder, kind="adapter", meta={})
+    world.trail.record(
+        "adapter",
+        replace(record.body, name=name, dataset=dataset),
+        inputs=record.inputs,
+        outputs=[Artefact("adapter", name, digest)],
+        config=record.config if has_settings else None,
+    )
 
 
 def test_gradients_foretell_who_helped_and_a_prior_may_start_from_them(world: World, report: SettleReport) -> None:
