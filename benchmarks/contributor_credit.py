@@ -160,14 +160,15 @@ def score(found: Sequence[Array], exact: Sequence[Array]) -> Score:
 
 
 def cover(found: Sequence[Estimate], exact: Sequence[Array], everywhere: Array) -> Cover:
-    """Return how many intervals hold what they speak of; `everywhere` [8]: exact means over all queries."""
+    """Return how many intervals hold what they speak of; `everywhere` [8, q]: exact values of all queries."""
     cells = [(one.cell_low <= truth) & (truth <= one.cell_high) for one, truth in zip(found, exact, strict=True)]
     means = [
         abs(one.values - truth.mean(axis=1)) <= one.coalition_width for one, truth in zip(found, exact, strict=True)
     ]
-    left = 1 - NUM_ASKED / 72
+    left = 1 - NUM_ASKED / everywhere.shape[1]
     nested = [
-        abs(one.values - everywhere) <= np.sqrt(one.coalition_width**2 + left * one.item_width**2) for one in found
+        abs(one.values - everywhere.mean(axis=1)) <= np.sqrt(one.coalition_width**2 + left * one.item_width**2)
+        for one in found
     ]
     return Cover(*(float(np.mean(part)) for part in (cells, means, nested)))
 
@@ -212,14 +213,14 @@ def measure(lab: Lab, draws: Sequence[Draw], *, cache: Path) -> SeedResult:
         for name, found in named.items():
             scores.setdefault(name, {})[budget] = score(found, exact)
         for name, estimates in (("pairs, ridge", plain), ("pairs, ridge, gradient prior", primed)):
-            covers.setdefault(name, {})[budget] = cover(estimates, exact, everywhere.mean(axis=1))
+            covers.setdefault(name, {})[budget] = cover(estimates, exact, everywhere)
     whole = [
         measure_credit(_lookup(one), NUM_PLAYERS, search=Search(32, precision=0, seed=draw.seed)).banzhaf
         for one, draw in zip(asked, draws, strict=True)
     ]
     name = "trailmark settle --budget 32"
     scores[name] = {32: score([one.cells for one in whole], exact)}
-    covers[name] = {32: cover(whole, exact, everywhere.mean(axis=1))}
+    covers[name] = {32: cover(whole, exact, everywhere)}
     scores["leave-one-out, exact"] = {9: score([leave_one_out(one) for one in asked], exact)}
     scores["in-run gradient sums"] = {0: score([gradients[:, draw.asked] for draw in draws], exact)}
     return SeedResult(
@@ -238,30 +239,20 @@ def over_seeds(results: Sequence[SeedResult]) -> tuple[dict[str, dict[int, Score
     """Return the means over seeds."""
     first = results[0]
     scores = {
-        name: {
-            budget: Score(
-                *(
-                    float(np.mean([getattr(one.scores[name][budget], part) for one in results]))
-                    for part in ("cells", "means")
-                )
-            )
-            for budget in budgets
-        }
+        name: {budget: _mean([one.scores[name][budget] for one in results]) for budget in budgets}
         for name, budgets in first.scores.items()
     }
     covers = {
-        name: {
-            budget: Cover(
-                *(
-                    float(np.mean([getattr(one.covers[name][budget], part) for one in results]))
-                    for part in ("cells", "means", "nested")
-                )
-            )
-            for budget in budgets
-        }
+        name: {budget: _mean([one.covers[name][budget] for one in results]) for budget in budgets}
         for name, budgets in first.covers.items()
     }
     return scores, covers
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of each field."""
+    names = vars(values[0])
+    return type(values[0])(**{name: float(np.mean([getattr(one, name) for one in values])) for name in names})
 
 
 def floors(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
