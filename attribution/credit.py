@@ -106,13 +106,12 @@ def measure_credit(
     Raises:
         CreditError: no players, a budget below `least_budget`, or fewer than two items.
     """
-    _check(num_players, search)
+    require_measurable(num_players, search, num_items=MIN_ITEMS)
     table = Table(utility, num_players)
     full = np.ones((1, num_players), dtype=bool)
     left_out = near_full(num_players, num_near_full(num_players, search.budget), seed=search.seed)
     table.measure(np.concatenate([~full, full, left_out]))
-    if table.utilities.shape[1] < MIN_ITEMS:
-        raise CreditError("suite: one item says nothing about others; give a suite of two or more")
+    require_measurable(num_players, search, num_items=table.utilities.shape[1])
     design = PairDesign(num_players, search.seed)
     weights = np.ones(num_players)
     while True:
@@ -208,9 +207,12 @@ def _next_pairs(table: Table, design: PairDesign, search: Search) -> int:
     return max(0, min(affordable, wanted))
 
 
-def _check(num_players: int, search: Search) -> None:
+def require_measurable(num_players: int, search: Search, *, num_items: int) -> None:
+    """Raise CreditError, before anything is trained, where nothing could be said; the message says what is needed."""
     if num_players < 1:
         raise CreditError("players: there are none to settle over")
+    if num_items < MIN_ITEMS:
+        raise CreditError(f"suite: {num_items} item says nothing about others; give a suite of {MIN_ITEMS} or more")
     least = least_budget(num_players)
     if search.budget < least:
         raise CreditError(

@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 
 from attribution.coalitions import Coalitions
-from attribution.credit import Credit, Search, least_budget, measure_credit
+from attribution.credit import Credit, Search, measure_credit, require_measurable
 from attribution.estimates import Array
 from attribution.settlement import SettledPlayer, Settlement, record_settlement
 from configs.errors import UserError
@@ -50,7 +50,6 @@ class Budget:
     num_reused: int
     seconds_each: float
     num_workers: int
-    least: int
 
     @property
     def seconds(self) -> float:
@@ -111,11 +110,14 @@ def settle(
     items = read_suite(suite)
     subject = subject_of(trail, adapter)
     game = switch.build(trail, subject, others)
-    suite_digest = trail.store.put_blob(suite)
+    search = Search.of(settings)
+    require_measurable(len(game.players), search, num_items=len(items))
+    if game.mode == "combine" and settings.utility != "log_likelihood":
+        raise SettleError(f"--utility {settings.utility}: adapters that are added up are measured by log_likelihood")
     plan = plan_of(
         subject,
         game,
-        suite=suite_digest,
+        suite=trail.store.put_blob(suite),
         others=others,
         items=tuple(item.item_id for item in items),
         utility=settings.utility,
@@ -132,7 +134,6 @@ def settle(
         prior = pool.predicted_gains(game) if settings.gradient_prior and game.mode == "replay" else None
         if prior is not None:
             plan = replace(plan, prior=trail.put_table(pa.table({"gains": list(prior)})))
-        search = Search.of(settings)
         credit = measure_credit(retrains, len(game.players), search=search, prior=prior, progress=tell)
     has_prior = prior is not None and credit.stopped != "exact"
     method = _method(game, credit, has_prior=has_prior, has_dropout=subject.settings.lora_dropout > 0)
@@ -185,7 +186,6 @@ class Retrains:
             num_reused=num_reused,
             seconds_each=cell.seconds,
             num_workers=settings.num_workers,
-            least=least_budget(num_players),
         )
 
 

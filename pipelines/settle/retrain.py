@@ -164,7 +164,7 @@ class Retrainer:
                 for part in target_log_likelihoods(self.model, self.task.encoded_items[start : start + ITEMS_AT_ONCE])
             ]
         weights = hashlib.sha256(
-            "+".join(self.task.adapter_paths[number] for number in np.flatnonzero(chosen)).encode()
+            "+".join(Path(self.task.adapter_paths[number]).name for number in np.flatnonzero(chosen)).encode()
         )
         return Measured(tuple(-loss for loss in losses), f"sha256:{weights.hexdigest()}", time.perf_counter() - began)
 

@@ -158,7 +158,7 @@ def test_a_budget_too_small_is_refused_with_what_is_needed(num_players: int, bud
 
 
 def test_what_says_nothing_is_refused() -> None:
-    with pytest.raises(CreditError, match="one item says nothing"):
+    with pytest.raises(CreditError, match="1 item says nothing"):
         credit_of(np.zeros((4, 1)), 2, budget=3)
     with pytest.raises(CreditError, match="no finite value"):
         credit_of(np.full((4, 3), np.nan), 2, budget=3)

@@ -122,7 +122,7 @@ def test_cost_is_told_first_and_what_is_measured_is_not_trained_again(world: Wor
     size = world.trail.log.size
     assert settle(world.trail, "facts", dry_run=True, **where) is None  # type: ignore[arg-type]
     budget = next(event for event in events if isinstance(event, Budget))
-    assert (budget.num_retrains, budget.num_all, budget.least) == (7, 7, 7) and budget.seconds_each > 0
+    assert (budget.num_retrains, budget.num_all) == (7, 7) and budget.seconds_each > 0
     assert not any(isinstance(event, Credit) for event in events) and world.trail.log.size == size
     again = run(world)
     assert again.num_reused == again.settlement.num_coalitions == 8
@@ -235,6 +235,7 @@ def test_any_cell_can_be_measured_again(world: World, report: SettleReport) -> N
         ({"budget": 6}, CreditError, "budget 6: 3 players need at least 7"),
         ({"others": ("sha256:" + "0" * 64,)}, SettleError, "only --over adapters"),
         ({"over": "adapters", "others": ("sha256:" + "0" * 64,)}, SettleError, "not in this log"),
+        ({"over": "adapters", "utility": "exact_match"}, SettleError, "measured by log_likelihood"),
     ],
 )
 def test_what_cannot_be_settled_is_refused(
