@@ -22,11 +22,12 @@ FIELDS = ("request_id", "payer", "fee")
 MAX_SHOWN = 20
 MAX_TEXT = 200
 INTEGER = re.compile(r"[0-9]{1,16}")
+Rows = Iterator[tuple[int, dict[str, Any] | str]]
+"""Line and fields, or what is wrong with the line."""
 
-Problem = Literal["unknown", "erased", "duplicate", "conflict", "outside the period", "paid before"]
+Problem = Literal["unknown", "duplicate", "conflict", "outside the period", "paid before"]
 PROBLEMS: dict[Problem, str] = {
-    "unknown": "the log has no receipt of this id",
-    "erased": "the receipt was erased, so what answered is not known",
+    "unknown": "the log has no receipt of this id, or it was erased",
     "duplicate": "the same row stands earlier in the table, which is paid once",
     "conflict": "the id stands in the table with another payer or fee; say which holds",
     "outside the period": "the receipt is of another time",
@@ -83,12 +84,17 @@ def read_fees(path: Path) -> tuple[Fee, ...]:
     """
     if not path.is_file():
         raise FeeError(f"fee table {path}: no such file")
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise FeeError(f"fee table {path.name}: ending {path.suffix!r} is not one of {', '.join(FORMATS)}")
+    return parse_fees(path.read_bytes(), path.name)
+
+
+def parse_fees(data: bytes, name: str) -> tuple[Fee, ...]:
+    """Return the rows of a fee table's bytes; `name` says by its ending what they are, and stands in errors."""
+    suffix = Path(name).suffix.lower()
+    if suffix not in FORMATS:
+        raise FeeError(f"fee table {name}: ending {suffix!r} is not one of {', '.join(FORMATS)}")
     readers = {"csv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}
     fees, problems = [], []
-    for line, row in readers[kind](path):
+    for line, row in readers[FORMATS[suffix]](data, name):
         found = row if isinstance(row, str) else _fee(line, row)
         if isinstance(found, str):
             problems.append(f"line {line}: {found}")
@@ -96,7 +102,7 @@ def read_fees(path: Path) -> tuple[Fee, ...]:
             fees.append(found)
     if problems:
         more = [f"... and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
-        raise FeeError("\n".join(f"fee table {path.name}: {text}" for text in [*problems[:MAX_SHOWN], *more]))
+        raise FeeError("\n".join(f"fee table {name}: {text}" for text in [*problems[:MAX_SHOWN], *more]))
     return tuple(fees)
 
 
@@ -106,17 +112,16 @@ def sort_fees(
     *,
     start_us: int,
     end_us: int,
-    erased: Iterable[str] = (),
     paid_before: Iterable[str] = (),
 ) -> Sorted:
     """Say which rows are paid in the period [start_us, end_us). The order of the rows does not change what is paid."""
     fees = sorted(fees, key=lambda fee: fee.line)
-    erased, paid_before = set(erased), set(paid_before)
-    versions = Counter((fee.request_id) for fee in {(f.request_id, f.payer, f.fee): f for f in fees}.values())
+    paid_before = set(paid_before)
+    versions = Counter(request_id for request_id, _, _ in {(fee.request_id, fee.payer, fee.fee) for fee in fees})
     paid: dict[str, Fee] = {}
     listed = []
     for fee in fees:
-        problem = _problem(fee, answered.get(fee.request_id), erased, paid_before, (start_us, end_us))
+        problem = _problem(fee, answered.get(fee.request_id), paid_before, (start_us, end_us))
         if problem is None and versions[fee.request_id] > 1:
             problem = "conflict"
         if problem is None and fee.request_id in paid:
@@ -128,11 +133,7 @@ def sort_fees(
     return Sorted(tuple(paid[name] for name in sorted(paid)), tuple(listed))
 
 
-def _problem(
-    fee: Fee, found: Answered | None, erased: set[str], paid_before: set[str], period: tuple[int, int]
-) -> Problem | None:
-    if fee.request_id in erased:
-        return "erased"
+def _problem(fee: Fee, found: Answered | None, paid_before: set[str], period: tuple[int, int]) -> Problem | None:
     if found is None:
         return "unknown"
     if fee.request_id in paid_before:
@@ -164,17 +165,17 @@ def _fee(line: int, row: Mapping[str, Any]) -> Fee | str:
     return Fee(line, row["request_id"].strip(), row["payer"].strip(), amount)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _read_csv(data: bytes, name: str) -> Rows:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FeeError(f"fee table {path.name}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        raise FeeError(f"fee table {name}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        heading = [name.strip() for name in next(reader, [])]
+        heading = [field.strip() for field in next(reader, [])]
         if sorted(heading) != sorted(FIELDS):
             raise FeeError(
-                f"fee table {path.name}: line 1: heading {','.join(heading) or '-'}; it must be {','.join(FIELDS)}"
+                f"fee table {name}: line 1: heading {','.join(heading) or '-'}; it must be {','.join(FIELDS)}"
             )
         for values in reader:
             if len(values) == len(heading):
@@ -182,28 +183,27 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             elif values:
                 yield reader.line_num, f"{len(values)} fields, not {len(heading)}; quote a comma inside a field"
     except csv.Error as error:
-        raise FeeError(f"fee table {path.name}: line {reader.line_num}: not CSV: {error}") from error
+        raise FeeError(f"fee table {name}: line {reader.line_num}: not CSV: {error}") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    with path.open("rb") as file:
-        for line, data in enumerate(file, start=1):
-            if not data.strip():
-                continue
-            try:
-                value = json.loads(data)
-            except (ValueError, RecursionError) as error:
-                yield line, f"not JSON: {error}; write one object a line"
-                continue
-            yield line, value if isinstance(value, dict) else "not an object; write one object a line"
+def _read_jsonl(data: bytes, name: str) -> Rows:
+    for line, text in enumerate(data.split(b"\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            yield line, f"not JSON: {error}; write one object a line"
+            continue
+        yield line, value if isinstance(value, dict) else "not an object; write one object a line"
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _read_parquet(data: bytes, name: str) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
     except (pyarrow.ArrowException, OSError) as error:
-        raise FeeError(f"fee table {path.name}: not a readable Parquet file: {error}") from error
+        raise FeeError(f"fee table {name}: not a readable Parquet file: {error}") from error
     yield from enumerate(table.to_pylist(), start=1)
