@@ -49,7 +49,7 @@ def export_folder(trail: "Trail", entry: "Entry", folder: Path) -> list[Path]:
 
 
 def payouts_csv(statement: Statement, *, leaf_hash: str) -> str:
-    """Return one line for each payout, then one for the platform and one for what is unattributed; they sum to the fees.
+    """Return a line for each payout, one for the platform and one for what is unattributed: they sum to the fees.
 
     A name that a spreadsheet would take for a formula gets a leading apostrophe.
     """

@@ -5,7 +5,7 @@ relabelling a refined dataset pays nobody.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from attribution.bodies import AdapterBody, KeyRotationBody
 from attribution.priority import NearDuplicates, Priority, RegisteredRow, prioritise
 from attribution.settlement import Settlement
-from attribution.statement import ClusterLine, Copies, Policy
+from attribution.statement import ClusterLine, Copies, Policy, StatementError
 from attribution.statement_make import CopyFindings
 from pipelines.refine.read import contributions, contributor_names, load_refined, verified_rows
 
@@ -34,7 +34,7 @@ def find_copies(trail: "Trail", settlements: Sequence[Settlement], policy: Polic
     copies: Counter[tuple[str, str, str, str]] = Counter()
     labels = contributor_names(trail)
     for settlement in settlements:
-        learnt = [rows[row_id] for row_id in adapter_rows(trail, settlement.adapter) if row_id in rows]
+        learnt = learnt_rows(trail, settlement.adapter, rows)
         for kind in DATA_KINDS:
             player_of = _players(trail, settlement, kind, labels)
             for row in learnt if player_of is not None else ():
@@ -80,14 +80,35 @@ def first_keys(trail: "Trail") -> dict[str, str]:
     return first
 
 
-def adapter_rows(trail: "Trail", adapter: str) -> list[str]:
-    """Return the ids of the rows of the refined dataset that an adapter was trained on."""
+def learnt_rows(trail: "Trail", adapter: str, rows: Mapping[str, RegisteredRow]) -> list[RegisteredRow]:
+    """Return the registered rows that an adapter was trained on; a row that was erased since is none.
+
+    Raises:
+        StatementError: the adapter's dataset gives a row to another than the contribution that registered it.
+    """
     entry = trail.find(adapter)
     body = entry.record.body if entry is not None and entry.record is not None else None
     if not isinstance(body, AdapterBody):
         return []
-    ids: list[str] = load_refined(trail, body.dataset).column("example_id").to_pylist()
-    return ids
+    first_key, names = first_keys(trail), contributor_names(trail)
+    found = []
+    for row_id, labelled in zip(*_columns(trail, body.dataset, "example_id", "contributor"), strict=True):
+        row = rows.get(row_id)
+        if row is None:
+            continue
+        if first_key.get(labelled, labelled) != row.contributor:
+            raise StatementError(
+                f"row {row_id}: the dataset {body.dataset} of adapter {adapter} gives it to "
+                f"{names.get(labelled, labelled[:16])}, but {names.get(row.contributor, row.contributor[:16])} "
+                "registered it; refine and train again from the contributions"
+            )
+        found.append(row)
+    return found
+
+
+def _columns(trail: "Trail", dataset: str, *names: str) -> list[list[str]]:
+    table = load_refined(trail, dataset)
+    return [table.column(name).to_pylist() for name in names]
 
 
 def shared_clusters(priority: Priority, rows: dict[str, RegisteredRow]) -> tuple[ClusterLine, ...]:
