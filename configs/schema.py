@@ -95,6 +95,21 @@ class BenchmarkSettings(Section):
     batch_size: int = Field(16, ge=1, description="answers generated at once, of base and adapter together")
 
 
+class SettleSettings(Section):
+    """What the players behind an adapter are worth, by training coalitions of them again."""
+
+    budget: int = Field(64, ge=1, description="retrains at most; the base alone costs none")
+    precision: float = Field(
+        0.05, ge=0, description="half an interval's width, as a part of what all players gain together, to stop at"
+    )
+    confidence: float = Field(0.9, gt=0, lt=1)
+    seed: int = Field(0, ge=0, description="of the draw of coalitions; the training keeps the adapter's own")
+    utility: Literal["log_likelihood", "exact_match"] = "log_likelihood"
+    max_new_tokens: int = Field(32, ge=1, description="of an answer that is matched exactly")
+    num_workers: int = Field(2, ge=1, description="processes that train at once")
+    runs_at_once: int = Field(8, ge=1, description="coalitions a process takes at a time; kept when they are done")
+
+
 class ServeSettings(Section):
     """Gateway, replica and engine."""
 
@@ -215,6 +230,7 @@ class Settings(Section):
     base: BaseSettings = BaseSettings()
     train: TrainSettings = TrainSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
+    settle: SettleSettings = SettleSettings()
     serve: ServeSettings = ServeSettings()
     attribution: AttributionSettings = AttributionSettings()
     credit: CreditSettings = CreditSettings()
