@@ -281,7 +281,7 @@ def compute(statement: Statement) -> Statement:
         pools.append(pool)
         payouts += paid
     payouts += _base_payouts(statement)
-    payouts.sort(key=lambda line: (line.source, line.adapter, line.kind, line.id))
+    payouts.sort(key=lambda line: (line.source, line.adapter, -line.amount, line.name, line.id))
     return replace(statement, pools=tuple(pools), payouts=tuple(payouts), totals=_totals(requests, pools, payouts))
 
 

@@ -83,7 +83,7 @@ def verify_statement(data: bytes, *, trust: Trust) -> tuple[Verified, Statement]
 def check_lines(statement: Statement) -> list[str]:
     """Compute every line again from what went in; return what was shown. VerifyError names the first that differs."""
     again = compute(statement)
-    for part in ("requests", "pools", "payouts"):
+    for part in ("requests", "payouts", "pools"):
         _same_lines(part, getattr(statement, part), getattr(again, part))
     _same_fields("totals", statement.totals, again.totals)
     _check_sums(statement)

@@ -92,7 +92,7 @@ def test_the_commands_make_show_export_and_verify(tmp_path: Path, monkeypatch: p
     run = partial(CliRunner().invoke, app)
     none = run(["statement", "show"])
     assert isinstance(none.exception, UserError) and "statement make FEES" in str(none.exception)
-    made = run(["statement", "make", str(world.fees()), "--from", "2026-11-18T09:46:40", "--to", "2026-11-19"])
+    made = run(["statement", "make", str(world.fees()), "--from", "2026-11-18T11:06:40", "--to", "2026-11-19"])
     assert made.exit_code == 0, made.output
     assert "mira" in made.output and "later copy" in made.output and "1,350" in made.output
     out = tmp_path / "out"
@@ -106,7 +106,7 @@ def test_the_commands_make_show_export_and_verify(tmp_path: Path, monkeypatch: p
     assert json.loads(offline.output)["verified"] is True
     file.write_text(file.read_text().replace('"amount": 1350', '"amount": 1351'))
     refused = run(["verify", "statement", str(file), "--keys", keys])
-    assert refused.exit_code == 1 and "payouts[3] (noor): amount is 1351, but 1350" in refused.output
+    assert refused.exit_code == 1 and "payouts[2] (noor): amount is 1351, but 1350" in refused.output
     bad_time = run(["statement", "make", str(world.fees()), "--from", "yesterday", "--to", "2026-12-01"])
     assert isinstance(bad_time.exception, UserError) and "--from 'yesterday': write ISO 8601" in str(bad_time.exception)
     backwards = run(["statement", "make", str(world.fees()), "--from", "2026-12-01", "--to", "2026-11-01"])
