@@ -59,6 +59,11 @@ class Recheck:
         return difference(self.worst)
 
 
+def settlements_of(trail: "Trail", statement: Statement) -> "list[Settlement]":
+    """Return the settlements behind a statement, from their records."""
+    return [settlement_of(trail, trail.entry(settled.leaf)) for settled in statement.settlements]
+
+
 def difference(cell: Cell) -> float:
     """Return how far the two measurements of a cell are apart."""
     return abs(cell.recorded - cell.measured)
@@ -76,7 +81,7 @@ def recheck(
     if not statement.settlements:
         raise StatementError("recheck: no settlement stands behind this statement; there is no cell to measure again")
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
-    used = [settlement_of(trail, trail.entry(settled.leaf)) for settled in statement.settlements]
+    used = settlements_of(trail, statement)
     drawn = Counter(random.Random(seed).choices(range(len(used)), [one.num_cells for one in used], k=num_cells))
     found = [
         (used[number].leaf_hash, cell)

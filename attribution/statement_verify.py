@@ -16,7 +16,6 @@ from attribution.log.proved import VerifyError
 from attribution.log.trust import Trust
 from attribution.log.verify import RECORD_BUNDLE_TYPE, Verified, verify_bytes
 from attribution.records import RecordError, parse_strict, to_plain
-from attribution.settlement import settlement_of
 from attribution.statement import RequestLine, Statement, StatementError, compute
 from attribution.statement_make import (
     FindCopies,
@@ -28,6 +27,7 @@ from attribution.statement_make import (
     statement_of_json,
     statements,
 )
+from attribution.statement_recheck import settlements_of
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
@@ -116,7 +116,7 @@ def check_home(trail: "Trail", statement: Statement, find_copies: FindCopies, *,
     ]
     blank = [_without_parts(line) for line in statement.requests]
     _same_lines("requests", blank, list(request_lines(fees, known, period, paid_before=before)))
-    used = [settlement_of(trail, trail.entry(settled.leaf)) for settled in statement.settlements]
+    used = settlements_of(trail, statement)
     findings = find_copies(used, statement.policy)
     _same_lines("settlements", statement.settlements, [settled_of(item, findings.num_rows) for item in used])
     _same_lines("copies", statement.copies, findings.copies)

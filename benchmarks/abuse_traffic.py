@@ -66,26 +66,33 @@ def register_again(world: CreditWorld) -> float:
 
 def relabel(world: CreditWorld) -> float:
     """Train on a dataset whose contributor column gives all rows to the thief: what a statement pays the thief."""
-    body = world.adapter.record.body if world.adapter.record is not None else None
-    assert isinstance(body, AdapterBody)
-    rows = pq.read_table(world.trail.store.get_directory(body.dataset) / ROWS_FILE)
-    column = pyarrow.array([world.keys["thief"]] * rows.num_rows)
-    relabelled = rows.set_column(rows.schema.get_field_index("contributor"), "contributor", column)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in (DECISIONS_FILE, SUMMARY_FILE):
-            (Path(scratch) / name).write_bytes((world.trail.store.get_directory(body.dataset) / name).read_bytes())
-        write_table(Path(scratch) / ROWS_FILE, REFINED, [relabelled])
-        dataset = world.trail.store.put_directory(Path(scratch), kind="refined", meta={"num_rows": rows.num_rows})
-    adapter = Artefact("adapter", "facts", world.trail.store.put_blob(b"adapter of relabelled rows"))
-    base = Artefact("base_model", "tiny", body.base)
-    world.trail.record("adapter", replace(body, dataset=dataset), inputs=[base], outputs=[adapter])
-    world.settle({"thief": (1.9, 1.8, 2.0)}, adapter=adapter.digest)
-    ids = answer(world, [adapter.digest] * 10, start=4000)
+    digest = relabelled_adapter(world, "thief")
+    world.settle({"thief": (1.9, 1.8, 2.0)}, adapter=digest)
+    ids = answer(world, [digest] * 10, start=4000)
     try:
         statement = _statement(world, ids, payer="team")
     except StatementError:  # refused, naming the row and who registered it
         return 0.0
     return 100 * _received(statement, "thief") / sum(line.data_part for line in statement.requests)
+
+
+def relabelled_adapter(world: CreditWorld, name: str) -> str:
+    """Record an adapter of the world's dataset with every row said to be of `name`; return its digest."""
+    body = world.adapter.record.body if world.adapter.record is not None else None
+    assert isinstance(body, AdapterBody)
+    folder = world.trail.store.get_directory(body.dataset)
+    rows = pq.read_table(folder / ROWS_FILE)
+    column = pyarrow.array([world.keys[name]] * rows.num_rows)
+    relabelled = rows.set_column(rows.schema.get_field_index("contributor"), "contributor", column)
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in (DECISIONS_FILE, SUMMARY_FILE):
+            (Path(scratch) / file).write_bytes((folder / file).read_bytes())
+        write_table(Path(scratch) / ROWS_FILE, REFINED, [relabelled])
+        dataset = world.trail.store.put_directory(Path(scratch), kind="refined", meta={"num_rows": rows.num_rows})
+    adapter = Artefact("adapter", "facts", world.trail.store.put_blob(b"adapter of relabelled rows"))
+    base = Artefact("base_model", "tiny", body.base)
+    world.trail.record("adapter", replace(body, dataset=dataset), inputs=[base], outputs=[adapter])
+    return adapter.digest
 
 
 def _received(statement: Statement, name: str) -> int:

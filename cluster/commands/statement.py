@@ -112,8 +112,10 @@ def verify(
 def _check(file: Path, keys: Path, home: Path | None, *, num_cells: int, seed: int | None) -> "Verified":
     from attribution.log.proved import VerifyError
     from attribution.log.trust import Trust
+    from attribution.statement_recheck import settlements_of
     from attribution.statement_verify import check_home, verify_statement
     from attribution.trail import Trail
+    from pipelines.settled_values import check_values
     from pipelines.statement import find_copies
 
     try:
@@ -126,9 +128,11 @@ def _check(file: Path, keys: Path, home: Path | None, *, num_cells: int, seed: i
     trail = Trail.open(home, create=False)
     leaf_hash = verified.facts["leaf_hash"]
     verified.checks.extend(check_home(trail, statement, partial(find_copies, trail), leaf_hash=leaf_hash))
+    verified.checks.extend(check_values(trail, settlement) for settlement in settlements_of(trail, statement))
     if num_cells:
-        from attribution.statement_recheck import recheck
         from pipelines.settle.recheck import recheck as measure_again
+
+        from attribution.statement_recheck import recheck
 
         found = recheck(trail, statement, measure_again, num_cells=num_cells, seed=seed)
         verified.checks.append(

@@ -20,7 +20,7 @@ from cluster.cli import app
 from configs.errors import UserError
 from configs.schema import CreditSettings
 from pipelines.statement import find_copies
-from tests.attribution.credit_world import PERIOD, CreditWorld, build_world
+from tests.attribution.credit_world import PERIOD, CreditWorld, build_world, measured_settlement
 from tests.browser import Browser, needs_browser
 
 HOSTILE = "</script><script>alert('x')</script>"
@@ -87,6 +87,7 @@ def test_all_formats_go_to_a_folder_and_an_unknown_one_is_named(
 def test_the_commands_make_show_export_and_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = build_world(tmp_path / "world")
     home = world.trail.home
+    measured_settlement(world)
     monkeypatch.setenv("TRAILMARK_HOME", str(home))
     monkeypatch.setenv("COLUMNS", "200")
     run = partial(CliRunner().invoke, app)
@@ -94,19 +95,20 @@ def test_the_commands_make_show_export_and_verify(tmp_path: Path, monkeypatch: p
     assert isinstance(none.exception, UserError) and "statement make FEES" in str(none.exception)
     made = run(["statement", "make", str(world.fees()), "--from", "2026-11-18T11:06:40", "--to", "2026-11-19"])
     assert made.exit_code == 0, made.output
-    assert "mira" in made.output and "later copy" in made.output and "1,350" in made.output
+    assert "mira" in made.output and "later copy" in made.output and "1,588" in made.output
     out = tmp_path / "out"
     assert run(["statement", "export", "--out", str(out)]).exit_code == 0
     file = out / "statement.json"
     verified = run(["verify", "statement", str(file), "--home", str(home)])
     assert verified.exit_code == 0, verified.output
     assert "6000 in fees = 600 platform" in verified.output and "none paid before" in verified.output
+    assert "3 players' values and intervals follow from the 8 recorded coalitions" in verified.output
     keys = str(home / "trust.json")
     offline = run(["verify", "statement", str(file), "--keys", keys, "--json"])
     assert json.loads(offline.output)["verified"] is True
-    file.write_text(file.read_text().replace('"amount": 1350', '"amount": 1351'))
+    file.write_text(file.read_text().replace('"amount": 1588', '"amount": 1589'))
     refused = run(["verify", "statement", str(file), "--keys", keys])
-    assert refused.exit_code == 1 and "payouts[2] (noor): amount is 1351, but 1350" in refused.output
+    assert refused.exit_code == 1 and "payouts[2] (noor): amount is 1589, but 1588" in refused.output
     bad_time = run(["statement", "make", str(world.fees()), "--from", "yesterday", "--to", "2026-12-01"])
     assert isinstance(bad_time.exception, UserError) and "--from 'yesterday': write ISO 8601" in str(bad_time.exception)
     backwards = run(["statement", "make", str(world.fees()), "--from", "2026-12-01", "--to", "2026-11-01"])
