@@ -166,6 +166,19 @@ def payouts(settled: Settled, people: Sequence[Person], near: NearDuplicates) ->
     return {payout.claim.id: payout.amount for payout in shared.payouts}
 
 
+def kept_gains(world: World, folder: Path | None, plan: str) -> dict[str, float]:
+    """As `gains`, read from `folder` where a run of this plan has left them there."""
+    file = folder / f"{plan[:16]}-{world.seed}.json" if folder is not None else None
+    if file is not None and file.exists():
+        kept: dict[str, float] = json.loads(file.read_text())
+        return kept
+    found = gains(world)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return found
+
+
 def gains(world: World) -> dict[str, float]:
     """Play every game of one seed; return each attack's gain in per cent of the pool, and facts under `~` names."""
     base = train_base(world.size, seed=world.seed)
@@ -197,13 +210,12 @@ def upper_bound(values: Sequence[float]) -> float:
     return mean(values) + T_90[len(values) - 1] * stdev(values) / math.sqrt(len(values))
 
 
-def plan_digest(size: LabSize, seeds: Sequence[int]) -> str:
+def plan_digest(size: LabSize) -> str:
     """Return the SHA-256 of everything that decides the games, printed before any of them is played."""
     parts = {
         "size": vars(size),
-        "seeds": list(seeds),
         "attacks": [(attack.name, attack.game, attack.mine, attack.before, vars(attack.near)) for attack in ATTACKS],
-        "rows": {seed: [person.rows for person in World(seed, size).honest] for seed in seeds},
+        "rows": {seed: [(person.name, person.rows) for person in World(seed, size).honest] for seed in range(SEEDS)},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -248,17 +260,20 @@ def main() -> int:
     """Run the benchmark; return the exit status."""
     options_parser = parser("What attacks on a credit statement gain.")
     options_parser.add_argument("--plot", type=Path, help="write the table as a picture here")
+    options_parser.add_argument(
+        "--keep", type=Path, help="a folder for each seed's gains; what is there is not run again"
+    )
     options_parser.add_argument("--seeds", type=int, help=f"how many (default {SEEDS}, --quick: {QUICK_SEEDS})")
     options = options_parser.parse_args()
     torch.set_num_threads(1)
     size = LabSize()
     seeds = range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-    digest = plan_digest(size, seeds)
+    digest = plan_digest(size)
     print(f"plan {digest}: {len(ATTACKS) + 3} attacks, {len(seeds)} seeds, {size.budget} coalitions a settlement")
     found: dict[str, list[float]] = {}
     started = time.process_time()
     for seed in seeds:
-        for name, value in gains(World(seed, size)).items():
+        for name, value in kept_gains(World(seed, size), options.keep, digest).items():
             found.setdefault(name, []).append(value)
         print(f"seed {seed}: {time.process_time() - started:.0f} CPU seconds so far", flush=True)
     with tempfile.TemporaryDirectory(prefix="abuse-") as folder:

@@ -60,7 +60,7 @@ class LabSize:
     epochs: int = 6
     batch_rows: int = 32
     budget: int = 40
-    hidden: int = 64
+    hidden: int = 48
     base_steps: int = 1500
 
 
