@@ -92,7 +92,8 @@ class FeeTable:
 class Player:
     """A player of a settlement: its value with interval, in micro-units of the utility.
 
-    num_rows: rows of its that the adapter learnt from (0 for what is no data). id and name as the settlement has them.
+    p_micro: the settlement's chance of such a value without effect, in millionths. num_rows: rows of its that the adapter
+    learnt from (0 for what is no data). id and name as the settlement has them.
     """
 
     kind: str
@@ -101,6 +102,7 @@ class Player:
     value: int
     low: int
     high: int
+    p_micro: int
     num_rows: int
 
 
@@ -329,7 +331,8 @@ def _claim(
         moved += worth
         below, above = joined_half_width(below, width), joined_half_width(above, width)
     value += moved
-    return Claim(kind, id, name, value, value - below, value + above, moved, is_copy and not moved)
+    settled_p = player.p_micro if player is not None and not moved else 0
+    return Claim(kind, id, name, value, value - below, value + above, moved, is_copy and not moved, settled_p)
 
 
 def _parts(line: RequestLine, split: Split) -> RequestLine:

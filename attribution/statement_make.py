@@ -162,6 +162,7 @@ def settled_of(settlement: Settlement, num_rows: Mapping[tuple[str, str, str], i
                 value=round(player.value * MICRO),
                 low=round(player.low * MICRO),
                 high=round(player.high * MICRO),
+                p_micro=round(player.p_value * MICRO),
                 num_rows=num_rows.get((settlement.adapter, player.kind, player.id), 0),
             )
             for player in settlement.players

@@ -185,7 +185,8 @@ def settle(
             person.name,
             person.name,
             *(round(float(value) * MICRO) for value in (estimate.values[n], estimate.low[n], estimate.high[n])),
-            len(person.rows),
+            p_micro=round(float(credit.p_values[n]) * MICRO),
+            num_rows=len(person.rows),
         )
         for n, person in enumerate(people)
     )

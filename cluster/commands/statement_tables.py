@@ -17,6 +17,10 @@ def print_statement(statement: Statement, *, leaf_hash: str) -> None:
     period = f"{utc(statement.period_start_us)} to {utc(statement.period_end_us)}"
     console.print(f"[bold]Statement {leaf_hash[:16]}[/]  {period}, in {statement.unit}", highlight=False)
     console.print(_parts(statement))
+    share, policy = statement.totals.platform / max(statement.totals.fees, 1), statement.policy.platform_share / MICRO
+    if share > policy + 0.01:
+        text = f"the platform's part is {share:.0%} of the fees, not {policy:.0%}: it is rounded up on every request"
+        console.print(f"{text}; a fee table in a smaller unit splits finer", style="yellow", highlight=False)
     for settled in statement.settlements:
         console.print(_people(statement, settled.adapter))
     for pool in statement.pools:

@@ -58,7 +58,14 @@ def settlements(draw: st.DrawFn, adapter: str) -> Settled:
     number = st.integers(-2 * MILLION, 2 * MILLION)
     players = tuple(
         Player(
-            "contributor", name, name, value, value - draw(st.integers(1, MILLION)), value + 1, draw(st.integers(0, 20))
+            "contributor",
+            name,
+            name,
+            value,
+            value - draw(st.integers(1, MILLION)),
+            value + 1,
+            draw(st.sampled_from((0, 99_999, 100_001))),
+            draw(st.integers(0, 20)),
         )
         for name in PEOPLE[: draw(st.integers(0, 4))]
         for value in (draw(number),)
@@ -107,7 +114,7 @@ def test_a_statement_is_the_same_after_a_journey_as_json(raw: Statement) -> None
 
 
 def player(name: str, value: int, width: int, num_rows: int) -> Player:
-    return Player("contributor", name, name, value, value - width, value + width, num_rows)
+    return Player("contributor", name, name, value, value - width, value + width, 0, num_rows)
 
 
 def claims(*players: Player, copies: tuple[tuple[str, str, int], ...]) -> dict[str, tuple[int, int, int, int, bool]]:
