@@ -53,8 +53,8 @@ class Claim:
 
     moved: value that was another player's, because the rows behind it are later copies of this one's.
     is_copy: every row of the player is a later copy, so that nothing is left of its own.
-    settled_p_micro: the settlement's own chance of such a value without any effect (two-sided, Holm over its players, in
-    millionths); 0 where none is known, or where the value was joined with that of copies.
+    settled_p_micro: the settlement's own chance of such a value without any effect (two-sided, Holm over its players,
+    in millionths); 0 where none is known, or where the value was joined with that of copies.
     """
 
     kind: str

@@ -92,8 +92,8 @@ class FeeTable:
 class Player:
     """A player of a settlement: its value with interval, in micro-units of the utility.
 
-    p_micro: the settlement's chance of such a value without effect, in millionths. num_rows: rows of its that the adapter
-    learnt from (0 for what is no data). id and name as the settlement has them.
+    p_micro: the settlement's chance of such a value without effect, in millionths. num_rows: rows of its that the
+    adapter learnt from (0 for what is no data). id and name as the settlement has them.
     """
 
     kind: str

@@ -56,21 +56,12 @@ def statements(draw: st.DrawFn) -> Statement:
 def settlements(draw: st.DrawFn, adapter: str) -> Settled:
     """A settlement over some of the people."""
     number = st.integers(-2 * MILLION, 2 * MILLION)
-    players = tuple(
-        Player(
-            "contributor",
-            name,
-            name,
-            value,
-            value - draw(st.integers(1, MILLION)),
-            value + 1,
-            draw(st.sampled_from((0, 99_999, 100_001))),
-            draw(st.integers(0, 20)),
-        )
-        for name in PEOPLE[: draw(st.integers(0, 4))]
-        for value in (draw(number),)
-    )
-    return Settled("", adapter, "s", "u", "m", draw(number), draw(number), 900_000, 8, 0, "", players)
+    players = []
+    for name in PEOPLE[: draw(st.integers(0, 4))]:
+        value, width = draw(number), draw(st.integers(1, MILLION))
+        p_micro, num_rows = draw(st.sampled_from((0, 99_999, 100_001))), draw(st.integers(0, 20))
+        players.append(Player("contributor", name, name, value, value - width, value + 1, p_micro, num_rows))
+    return Settled("", adapter, "s", "u", "m", draw(number), draw(number), 900_000, 8, 0, "", tuple(players))
 
 
 @settings(max_examples=150)
