@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_CANDIDATES = 256
+NUM_CANDIDATES = 16
+"""Pairs among which the most telling one is taken. With 256 a design becomes a regular fraction, in which the same few
+interactions always lie on the same players: 90 % intervals then covered 79 to 88 % of made-up values, and 90 to 95 %
+with 16."""
 MAX_ENUMERATED = 12
-"""Players up to which all pairs are candidates (2,048 of them)."""
+"""Players up to which pairs are drawn from a list of all (2,048 of them), so that none is left over."""
 
 Coalitions = NDArray[np.bool_]
 Signs = NDArray[np.float64]
@@ -59,7 +62,7 @@ class PairDesign:
         """
         weight = np.ones(self.num_players) if weights is None else weights
         known = self.matrix()
-        inverse = np.linalg.inv(known.T @ known + np.eye(self.num_players))
+        inverse: Signs = np.asarray(np.linalg.inv(known.T @ known + np.eye(self.num_players)), dtype=np.float64)
         fresh: list[tuple[int, ...]] = []
         while len(fresh) < count and not self.is_complete:
             pair = self._best(self._candidates(), inverse, weight)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from attribution.coalitions import Coalitions, PairDesign, near_full
 from attribution.estimates import Array, Estimate, Observed, banzhaf_estimate, left_out_estimate
-from attribution.evidence import NO_EFFECT
 from attribution.settlement import SettledVerdict
 from attribution.significance import holm
 from configs.errors import UserError
@@ -36,8 +35,8 @@ class CreditError(UserError):
 class Search:
     """How long to look. `budget`: retrains, the empty coalition being free (nothing is trained).
 
-    `precision`: half an interval's width, as a part of |full - empty|, that is narrow enough. `batch`: retrains that run
-    at once. Whether a value can be told from zero never stops the search.
+    `precision`: half an interval's width, as a part of |full - empty|, that is narrow enough; 0 never is. `batch`:
+    retrains that run at once. Whether a value can be told from zero never stops the search.
     """
 
     budget: int
@@ -45,6 +44,12 @@ class Search:
     confidence: float = 0.9
     seed: int = 0
     batch: int = 8
+
+    @classmethod
+    def of(cls, section: Any) -> "Search":
+        """Return the search that a `settle` section of the configuration asks for."""
+        at_once = section.num_workers * section.runs_at_once
+        return cls(section.budget, section.precision, section.confidence, section.seed, batch=at_once)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Credit:
     def verdict(self, player: int) -> SettledVerdict:
         """Say what a player did, at the family-wise level of the confidence."""
         if self.p_values[player] >= 1 - self.confidence:
-            return NO_EFFECT
+            return "no measurable effect"
         return "helped" if self.banzhaf.values[player] > 0 else "hindered"
 
 
@@ -82,8 +87,10 @@ def least_budget(num_players: int) -> int:
 
 
 def num_near_full(num_players: int, budget: int) -> int:
-    """Return how many retrains go to leave-one-out: one a player where a third of the budget suffices, else a quarter."""
-    return num_players if num_players <= budget // 3 else max(2, min(num_players, budget // 4))
+    """Return the retrains for leave-one-out: one a player where a third of the budget suffices, else a quarter."""
+    if num_players <= budget // 3 or 2**num_players - 1 <= budget:
+        return num_players
+    return max(2, min(num_players, budget // 4))
 
 
 def measure_credit(
@@ -179,7 +186,7 @@ def _credit(table: Table, design: PairDesign, left_out: Coalitions, *, search: S
         confidence=search.confidence,
         stopped="exact" if design.is_complete else "budget",
     )
-    is_narrow = credit.stopped == "budget" and bool(_is_narrow(credit, search).all())
+    is_narrow = credit.stopped == "budget" and search.precision > 0 and bool(_is_narrow(credit, search).all())
     return replace(credit, stopped="narrow") if is_narrow else credit
 
 
@@ -191,7 +198,7 @@ def _is_narrow(credit: Credit, search: Search) -> NDArray[np.bool_]:
 
 
 def _next_pairs(table: Table, design: PairDesign, search: Search) -> int:
-    """How many pairs to draw now: enough for a first fit, then a batch; all that are left where the budget covers all."""
+    """How many pairs to draw now: enough for a first fit, then a batch; all that are left where the budget has room."""
     left = search.budget - table.num_trained
     if design.num_pairs is not None and 2**design.num_players - 1 <= search.budget:
         affordable = design.num_pairs - len(design.signs)
@@ -207,6 +214,6 @@ def _check(num_players: int, search: Search) -> None:
     least = least_budget(num_players)
     if search.budget < least:
         raise CreditError(
-            f"budget {search.budget}: {num_players} players need at least {least} retrains (all players, leave-one-out, "
-            f"and {MIN_PAIRS} pairs of coalitions); give --budget {least} or more"
+            f"budget {search.budget}: {num_players} players need at least {least} retrains (all players, "
+            f"leave-one-out, and {MIN_PAIRS} pairs of coalitions); give --budget {least} or more"
         )

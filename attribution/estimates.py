@@ -1,4 +1,4 @@
-"""From measured utilities to values with intervals: Banzhaf from complementary pairs, leave-one-out from near-full ones.
+"""From measured utilities to values with intervals: Banzhaf from pairs, leave-one-out from near-full coalitions.
 
 Shape legend: n players, k observations, q items. Two things are uncertain: which coalitions were drawn, and which items
 the suite holds. A cell (player, item) has the first alone; a player's value over the suite has both.
@@ -119,7 +119,7 @@ def _estimate(fitted: _Fitted, plain: _Fitted, *, confidence: float, seed: int) 
 def _fit(observed: Observed, prior: Array | None) -> _Fitted:
     design, outcomes = observed.design, observed.outcomes
     if observed.is_exact:
-        cells = np.linalg.lstsq(design, outcomes, rcond=None)[0]
+        cells: Array = np.asarray(np.linalg.lstsq(design, outcomes, rcond=None)[0], dtype=np.float64)
         none = np.zeros_like(cells)
         return _Fitted(cells, none, none[:, 0], np.ones(len(cells)), np.inf)
     mean = None if prior is None else scaled_prior(design, outcomes, prior)
@@ -180,11 +180,10 @@ def _joint_df(fitted: _Fitted, item_variance: Array) -> Array:
 
 
 def _p_values(fitted: _Fitted, *, seed: int) -> Array:
-    """The larger of a t-test over coalitions and items and of a sign-flip test over items: few items cannot seem many."""
+    """The larger of a t-test over coalitions and items and of a sign-flip test over items: few cannot seem many."""
     item_variance = _item_variance(fitted)
     deviation = np.sqrt(fitted.mean_variance + item_variance)
     values = fitted.cells.mean(axis=1)
     ratio = np.divide(abs(values), deviation, out=np.full_like(values, np.inf), where=deviation > 0)
     by_t = 2 * stats.t.sf(ratio, _joint_df(fitted, item_variance))
-    by_sign = [sign_flip_p(cells, seed=seed) for cells in fitted.cells]
-    return np.where(values == 0, 1.0, np.maximum(by_t, by_sign))
+    return np.where(values == 0, 1.0, np.maximum(by_t, sign_flip_p(fitted.cells, seed=seed)))

@@ -48,7 +48,7 @@ def fit_ridge(design: Array, outcomes: Array, *, prior: Array | None = None, pen
     gram = design.T @ design + chosen * np.eye(design.shape[1])
     return RidgeFit(
         coefficients=mean + shift,
-        scale=np.linalg.pinv(gram, hermitian=True),
+        scale=np.asarray(np.linalg.pinv(gram, hermitian=True), dtype=np.float64),
         residuals=off - design @ shift,
         penalty=chosen,
         residual_df=max(MIN_RESIDUAL_DF, len(design) - float(shrink.sum())),

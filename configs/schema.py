@@ -106,6 +106,7 @@ class SettleSettings(Section):
     seed: int = Field(0, ge=0, description="of the draw of coalitions; the training keeps the adapter's own")
     utility: Literal["log_likelihood", "exact_match"] = "log_likelihood"
     max_new_tokens: int = Field(32, ge=1, description="of an answer that is matched exactly")
+    gradient_prior: bool = Field(False, description="start from what gradients predict of contributors and datasets")
     num_workers: int = Field(2, ge=1, description="processes that train at once")
     runs_at_once: int = Field(8, ge=1, description="coalitions a process takes at a time; kept when they are done")
 

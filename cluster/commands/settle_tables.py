@@ -37,10 +37,12 @@ class SettleBars:
 
     def __call__(self, event: "Budget | Measuring | Credit") -> None:
         """Show one event."""
+        from pipelines.settle.driver import Measuring
+
         if isinstance(event, Credit):
             width = float(event.banzhaf.coalition_width.max())
             self._progress.update(self._task, facts=f"{event.num_pairs} pairs, widest interval +-{width:.4f}")
-        elif hasattr(event, "num_done"):
+        elif isinstance(event, Measuring):
             self._progress.update(self._task, completed=event.num_done, total=event.num_total)
         else:
             self._console.print(budget_line(event))
@@ -52,8 +54,8 @@ def budget_line(budget: "Budget") -> str:
     reused = f", {budget.num_reused} of them measured already" if budget.num_reused else ""
     every = f" (all {budget.num_all} coalitions)" if budget.num_retrains == budget.num_all else ""
     return (
-        f"{count} {budget.game.over}: at most {budget.num_retrains} retrains{every}{reused}, {budget.seconds_each:.2f} s "
-        f"each, {budget.num_workers} at once: about {_duration(budget.seconds)}"
+        f"{count} {budget.game.over}: at most {budget.num_retrains} retrains{every}{reused}, "
+        f"{budget.seconds_each:.2f} s each, {budget.num_workers} at once: about {_duration(budget.seconds)}"
     )
 
 
@@ -62,8 +64,8 @@ def settlement_table(report: "SettleReport") -> Table:
     settlement = report.settlement
     caption = (
         f"record {report.entry.leaf_hash[:12]}; {settlement.num_coalitions} coalitions, {report.num_reused} of them "
-        f"measured before; {STOPPED[report.credit.stopped]}. Values in {settlement.utility}, comparable only within this "
-        f"settlement; verdicts at a family-wise {1 - settlement.confidence:.0%} (Holm)."
+        f"measured before; {STOPPED[report.credit.stopped]}. Values in {settlement.utility}, comparable only within "
+        f"this settlement; verdicts at a family-wise {1 - settlement.confidence:.0%} (Holm)."
     )
     title = (
         f"{settlement.adapter_name} on {settlement.suite_name} ({len(report.item_ids)} items): "

@@ -17,7 +17,7 @@ def greedy_answers(
     base_digest: str,
     max_new_tokens: int,
 ) -> list[list[str]]:
-    """Return each adapter's answers, in the items' order. Raises BenchmarkError for an item that the model cannot take."""
+    """Return each adapter's answers, in the items' order. Raises BenchmarkError where the model cannot take an item."""
     from attribution.influence.encode import encode_prompt
     from pipelines.benchmark.run import BenchmarkError
     from serve_apps.engine.config import AdapterRef, EngineConfig, Request, SamplingParams

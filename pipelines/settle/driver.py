@@ -6,7 +6,8 @@ Ray is initialised by the caller. HOME must be readable from every node that tra
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,18 @@ from attribution.coalitions import Coalitions
 from attribution.credit import Credit, Search, least_budget, measure_credit
 from attribution.estimates import Array
 from attribution.settlement import SettledPlayer, Settlement, record_settlement
+from configs.errors import UserError
 from configs.schema import SettleSettings
 from pipelines.benchmark.suites import read_suite
 from pipelines.settle.cells import Cells
 from pipelines.settle.game import Game
 from pipelines.settle.plan import SettlePlan, plan_of
-from pipelines.settle.retrain import UNITS, Measured, Retrainer, Task, chunks, encode_items
+from pipelines.settle.retrain import UNITS, Measured, Retrainer, Task, chunks, task_of
 from pipelines.settle.subject import SettleError, Subject, subject_of
 from pipelines.settle.switches import switch_of
 
 if TYPE_CHECKING:
+    from attribution.records import Artefact
     from attribution.trail import Entry, Trail
 
 NUM_RESTARTS = 3
@@ -89,10 +92,12 @@ def settle(
     others: tuple[str, ...] = (),
     progress: Progress | None = None,
     dry_run: bool = False,
+    workflow: "Artefact | None" = None,
 ) -> SettleReport | None:
     """Measure what the players behind `adapter` are worth on `suite`, and record it; None for a dry run.
 
     `over` names a switch (see `switches.SWITCHES`); `others`: digests of further adapters, for those that take them.
+    `workflow`: the definition of the workflow that asks, an input of the record.
 
     Raises:
         SettleError: what the adapter was made from is gone, or does not part into players in this way.
@@ -117,18 +122,23 @@ def settle(
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
     )
-    task = _task(trail, subject, game, plan, items=items)
-    search = Search(settings.budget, settings.precision, settings.confidence, settings.seed, batch=_batch(settings))
+    task = task_of(trail, subject, game, plan, items=items)
     tell = progress or _ignore
     with _Pool(task, settings) as pool:
         retrains = Retrains(trail, game, plan, pool, tell=tell, budget=settings.budget)
         tell(retrains.announce(settings))
         if dry_run:
             return None
-        credit = measure_credit(retrains, len(game.players), search=search, progress=tell)
-    settlement = _settlement(trail, subject, game, credit, plan, retrains, suite_name=suite.stem)
+        prior = pool.predicted_gains(game) if settings.gradient_prior and game.mode == "replay" else None
+        if prior is not None:
+            plan = replace(plan, prior=trail.put_table(pa.table({"gains": list(prior)})))
+        search = Search.of(settings)
+        credit = measure_credit(retrains, len(game.players), search=search, prior=prior, progress=tell)
+    has_prior = prior is not None and credit.stopped != "exact"
+    method = _method(game, credit, has_prior=has_prior, has_dropout=subject.settings.lora_dropout > 0)
+    settlement = _settlement(trail, subject, game, credit, plan, retrains, suite_name=suite.stem, method=method)
     config = trail.run_config(settings)
-    entry = record_settlement(trail, settlement, config=config)
+    entry = record_settlement(trail, settlement, config=config, workflow=workflow)
     return SettleReport(entry, settlement, credit, game, plan.items, retrains.num_reused, time.perf_counter() - began)
 
 
@@ -186,6 +196,10 @@ class _Worker:
     def __init__(self, task: Task) -> None:
         self._retrainer = Retrainer(task)
 
+    def predicted_gains(self, chosen: Any) -> Any:
+        """Return what gradients say of each player's rows."""
+        return self._retrainer.predicted_gains(chosen)
+
     def measure(self, start: int, chosen: Any) -> tuple[int, list[Measured]]:
         """Measure coalitions that begin at place `start`."""
         return start, self._retrainer.measure(chosen)
@@ -213,8 +227,17 @@ class _Pool:
         starts = range(0, len(chosen), size)
         pool = ActorPool(self._start(min(len(starts), self._settings.num_workers)))
         work = list(zip(starts, chunks(chosen, size), strict=True))
-        for start, measured in pool.map_unordered(lambda worker, item: worker.measure.remote(*item), work):
-            yield range(start, start + len(measured)), measured
+        with _as_raised():
+            for start, measured in pool.map_unordered(lambda worker, item: worker.measure.remote(*item), work):
+                yield range(start, start + len(measured)), measured
+
+    def predicted_gains(self, game: Game) -> Array:
+        """Return [n, q]: what gradients say that each player did to each item; costs about one retrain."""
+        (worker,) = self._start(1)
+        alone = np.eye(len(game.players), dtype=bool)
+        with _as_raised():
+            found: Array = ray.get(worker.predicted_gains.remote(np.stack([game.chosen(row) for row in alone])))
+        return found
 
     def _start(self, count: int) -> list[Any]:
         if len(self._workers) < count:
@@ -226,25 +249,21 @@ class _Pool:
                 "max_restarts": NUM_RESTARTS,
                 "max_task_retries": NUM_RESTARTS,
             }
+            worker: Any = _Worker
             missing = range(len(self._workers), count)
-            self._workers += [_Worker.options(**options).remote(task) for _ in missing]
+            self._workers += [worker.options(**options).remote(task) for _ in missing]
         return self._workers[:count]
 
 
-def _task(trail: "Trail", subject: Subject, game: Game, plan: SettlePlan, *, items: Any) -> Task:
-    return Task(
-        mode=game.mode,
-        base_path=str(subject.adapter.base_path),
-        base_name=subject.adapter.base_name,
-        base_digest=subject.adapter.base_digest,
-        settings=subject.settings,
-        examples=game.examples,
-        adapter_paths=tuple(str(trail.store.get_directory(digest)) for digest in game.adapters),
-        items=items,
-        encoded_items=encode_items(items, subject.adapter.base_path),
-        utility=plan.utility,  # type: ignore[arg-type]
-        max_new_tokens=plan.max_new_tokens,
-    )
+@contextmanager
+def _as_raised() -> Iterator[None]:
+    """Raise a user's mistake that a worker found as itself, without Ray's trace around it."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from error
+        raise
 
 
 def _setting(plan: SettlePlan) -> dict[str, Any]:
@@ -268,6 +287,7 @@ def _settlement(
     retrains: Retrains,
     *,
     suite_name: str,
+    method: str,
 ) -> Settlement:
     cells = [retrains.measured[row.tobytes()] for row in credit.coalitions]
     table = pa.table(
@@ -287,7 +307,7 @@ def _settlement(
         full_value=float(credit.full.mean()),
         num_coalitions=len(credit.coalitions),
         num_cells=credit.utilities.size,
-        method=_method(game, credit),
+        method=method,
         confidence=credit.confidence,
         seed=plan.seed,
         table=trail.put_table(table),
@@ -319,7 +339,7 @@ def settled_players(game: Game, credit: Credit) -> tuple[SettledPlayer, ...]:
     )
 
 
-def _method(game: Game, credit: Credit) -> str:
+def _method(game: Game, credit: Credit, *, has_prior: bool, has_dropout: bool) -> str:
     how = {
         "replay": "the recorded run again with the rows of absent players at weight zero",
         "train": "trained from the start on the rows left",
@@ -330,11 +350,9 @@ def _method(game: Game, credit: Credit) -> str:
         if credit.stopped == "exact"
         else f"ridge over {credit.num_pairs} complementary pairs"
     )
-    return f"settle: Banzhaf values, {fit}; {how}; float32, one seed"
-
-
-def _batch(settings: SettleSettings) -> int:
-    return settings.num_workers * settings.runs_at_once
+    prior = ", drawn to what gradients predict" if has_prior else ""
+    dropout = ", without the adapter's dropout" if has_dropout else ""
+    return f"settle: Banzhaf values, {fit}{prior}; {how}; float32, one seed{dropout}"
 
 
 def _ignore(_: Budget | Measuring | Credit) -> None:

@@ -1,6 +1,6 @@
 """The plan of a settlement: a JSON blob from which anyone with this home can measure any of its cells again."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attribution.records import from_plain, to_plain
@@ -11,23 +11,25 @@ if TYPE_CHECKING:
     from attribution.trail import Trail
 
 TOLERANCE = "0.0005"
-"""How far a cell measured again may lie from the recorded one: stacked runs round differently from single ones, and Adam
+"""How far a cell measured again may lie from the recorded one: stacked runs round otherwise than single ones, and Adam
 turns rounding into movement."""
 
 
 @dataclass(frozen=True)
 class PlannedPlayer:
-    """A player in the order of the bits of a coalition."""
+    """A player in the order of the bits of a coalition; its name is said elsewhere, where it may be erased."""
 
     kind: str
     id: str
-    name: str
     num_rows: int
 
 
 @dataclass(frozen=True)
 class SettlePlan:
-    """What was measured and how; numbers with a point stand as text, as RFC 8785 integers have none."""
+    """What was measured and how; numbers with a point stand as text, for the blob holds integers alone.
+
+    `prior`: digest of the table of predicted gains that the fit started from (a row for each player), '' without one.
+    """
 
     version: int
     adapter: str
@@ -45,6 +47,11 @@ class SettlePlan:
     items: tuple[str, ...]
     seed: int
     tolerance: str
+    prior: str
+
+    @property
+    def player_ids(self) -> tuple[str, ...]:
+        return tuple(player.id for player in self.players)
 
     def put(self, trail: "Trail") -> str:
         """Store the plan and return its digest."""
@@ -73,8 +80,9 @@ def plan_of(
         mode=game.mode,
         others=others,
         game=game.digest,
-        players=tuple(PlannedPlayer(**asdict(player)) for player in game.players),
+        players=tuple(PlannedPlayer(player.kind, player.id, player.num_rows) for player in game.players),
         items=items,
         tolerance=TOLERANCE,
+        prior="",
         **how,
     )

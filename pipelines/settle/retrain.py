@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,9 +19,14 @@ from attribution.influence.gradients import Encoded, target_log_likelihoods
 from attribution.influence.replay import LoraRun, RunRecipe, RunState, RunStep
 from configs.schema import TrainSettings
 from pipelines.benchmark.suites import Item
-from pipelines.settle.game import Bits, Mode
+from pipelines.settle.game import Bits, Game, Mode
+from pipelines.settle.plan import SettlePlan
+from pipelines.settle.subject import Subject
 from pipelines.train.data import Example, learning_rate, plan_steps
 from pipelines.train.lora import build_model, export_adapter, load_base
+
+if TYPE_CHECKING:
+    from attribution.trail import Trail
 
 UtilityName = Literal["log_likelihood", "exact_match"]
 UNITS: dict[str, str] = {
@@ -65,7 +70,7 @@ class Retrainer:
         device = "cuda" if task.settings.use_gpu and torch.cuda.is_available() else "cpu"
         base = load_base(task.base_path, dtype="float32", device=device)
         self._base = base
-        self._model: Any = None if task.mode == "combine" else self._build(base)
+        self.model: Any = None if task.mode == "combine" else self._build(base)
         self._run: LoraRun | None = None
 
     def measure(self, chosen: Bits) -> list[Measured]:
@@ -76,24 +81,34 @@ class Retrainer:
             return [self._trained(row) for row in chosen]
         return self._replayed(chosen)
 
+    def predicted_gains(self, chosen: Bits) -> NDArray[np.float64]:
+        """Return [n, q]: what gradients say that each player's rows (bool [n, N]) did to each item."""
+        from attribution.influence.group_gains import group_gains
+
+        masks = torch.from_numpy(chosen.astype(np.float32))
+        return np.asarray(group_gains(self._recorded_run(), masks, self.task.encoded_items).double().numpy())
+
+    def _recorded_run(self) -> LoraRun:
+        if self._run is None:
+            self._run = self.lora_run(self.task.examples)
+        return self._run
+
     def _replayed(self, chosen: Bits) -> list[Measured]:
         """Runs of one schedule, stacked on one forward."""
-        if self._run is None:
-            self._run = self._lora_run(self.task.examples)
-        began = time.perf_counter()
-        state = self._run.run_many(torch.from_numpy(chosen.astype(np.float32)))
-        return self._all_measured(self._run, state, began)
+        run, began = self._recorded_run(), time.perf_counter()
+        state = run.run_many(torch.from_numpy(chosen.astype(np.float32)))
+        return self._all_measured(run, state, began)
 
     def _trained(self, chosen: Bits) -> Measured:
         """One run, planned for the rows that are left."""
         began = time.perf_counter()
         kept = [example for example, is_in in zip(self.task.examples, chosen, strict=True) if is_in]
-        run = self._lora_run([replace(example, row=row) for row, example in enumerate(kept)])
+        run = self.lora_run([replace(example, row=row) for row, example in enumerate(kept)])
         state = run.run() if kept else run.initial()
         many = RunState(state.step, state.weights[None], state.exp_avg[None], state.exp_avg_sq[None])
         return self._all_measured(run, many, began)[0]
 
-    def _lora_run(self, examples: Sequence[Example]) -> LoraRun:
+    def lora_run(self, examples: Sequence[Example]) -> LoraRun:
         """The run that training would make of these rows; of none, a run of no steps on the first row."""
         steps = plan_steps(examples, self.task.settings)
         recipe = RunRecipe(
@@ -104,7 +119,7 @@ class Retrainer:
             weight_decay=self.task.settings.weight_decay,
             max_grad_norm=self.task.settings.max_grad_norm,
         )
-        return LoraRun(self._model, [example.encoded for example in examples or self.task.examples[:1]], recipe)
+        return LoraRun(self.model, [example.encoded for example in examples or self.task.examples[:1]], recipe)
 
     def _all_measured(self, run: LoraRun, state: RunState, began: float) -> list[Measured]:
         utilities = self._utilities(run, state)
@@ -120,7 +135,7 @@ class Retrainer:
             paths = []
             for number, weights in enumerate(state.weights):
                 paths.append(Path(folder) / str(number))
-                export_adapter(self._model, run.lora.unflatten(weights), paths[-1])
+                export_adapter(self.model, run.lora.unflatten(weights), paths[-1])
             return self._exact_matches(paths)
 
     def _exact_matches(self, adapters: Sequence[Path]) -> list[list[float]]:
@@ -139,14 +154,14 @@ class Retrainer:
     def _combined(self, chosen: Bits) -> Measured:
         """The base with the chosen adapters added to it."""
         began = time.perf_counter()
-        if self._model is None:
-            self._model = self._with_adapters()
+        if self.model is None:
+            self.model = self._with_adapters()
         names = [f"player{number}" for number in np.flatnonzero(chosen)]
-        with torch.no_grad(), _active(self._model, names):
+        with torch.no_grad(), _active(self.model, names):
             losses = [
                 -float(part.mean())
                 for start in range(0, len(self.task.encoded_items), ITEMS_AT_ONCE)
-                for part in target_log_likelihoods(self._model, self.task.encoded_items[start : start + ITEMS_AT_ONCE])
+                for part in target_log_likelihoods(self.model, self.task.encoded_items[start : start + ITEMS_AT_ONCE])
             ]
         weights = hashlib.sha256(
             "+".join(self.task.adapter_paths[number] for number in np.flatnonzero(chosen)).encode()
@@ -164,6 +179,23 @@ class Retrainer:
 
     def _build(self, base: Any) -> Any:
         return build_model(base, base_name=self.task.base_name, settings=self.task.settings).eval()
+
+
+def task_of(trail: "Trail", subject: Subject, game: Game, plan: SettlePlan, *, items: tuple[Item, ...]) -> Task:
+    """Return what a process needs to measure coalitions of a game."""
+    return Task(
+        mode=game.mode,
+        base_path=str(subject.adapter.base_path),
+        base_name=subject.adapter.base_name,
+        base_digest=subject.adapter.base_digest,
+        settings=subject.settings,
+        examples=game.examples,
+        adapter_paths=tuple(str(trail.store.get_directory(digest)) for digest in game.adapters),
+        items=items,
+        encoded_items=encode_items(items, subject.adapter.base_path),
+        utility=plan.utility,  # type: ignore[arg-type]
+        max_new_tokens=plan.max_new_tokens,
+    )
 
 
 def encode_items(items: Sequence[Item], base_path: Path) -> tuple[Encoded, ...]:
@@ -187,14 +219,14 @@ class _active:
     """A block in which these adapters, and no others, are added to the base."""
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
-        self._model, self._names = model, list(names)
+        self.model, self._names = model, list(names)
 
     def __enter__(self) -> None:
         self._off: Any = None
         if self._names:
-            self._model.base_model.set_adapter(self._names)
+            self.model.base_model.set_adapter(self._names)
         else:
-            self._off = self._model.disable_adapter()
+            self._off = self.model.disable_adapter()
             self._off.__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -35,7 +35,7 @@ def game_of_rules(trail: "Trail", subject: Subject, _: tuple[str, ...]) -> Game:
     if not names:
         raise SettleError(f"dataset {subject.dataset}: no rule dropped a row that can be trained on, so none mattered")
     tokenizer = AutoTokenizer.from_pretrained(subject.adapter.base_path, local_files_only=True)
-    rows = _contributed(trail, subject)
+    rows = [row for row in _contributed(trail, subject) if not dropped_by[row["example_id"]] & ALWAYS_ON]
     encoded = encode_rows(pa.Table.from_pylist(rows), tokenizer, max_length=subject.settings.max_length)
     by_id = {row["example_id"]: row for row in rows}
     used = [by_id[example.example_id] for example in encoded.examples]
@@ -47,7 +47,7 @@ def game_of_rules(trail: "Trail", subject: Subject, _: tuple[str, ...]) -> Game:
         active = coalition.copy()
         if place_of_dedup is not None:
             active[place_of_dedup] = False
-        left = ~blocked[:, active].any(axis=1)
+        left: Bits = np.logical_not(np.any(blocked[:, active], axis=1))
         return _first_of_each(keys, left) if place_of_dedup is None or coalition[place_of_dedup] else left
 
     digests = {rule.name: rule.digest for rule in subject.refinement.rules}

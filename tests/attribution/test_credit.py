@@ -50,7 +50,7 @@ def test_exact_values_are_those_of_the_definitions() -> None:
 def test_all_coalitions_give_exact_values(num_players: int) -> None:
     utilities = concave_game(num_players, 6, noise=0.5, seed=1)
     utility = TableUtility(utilities)
-    credit = measure_credit(utility, num_players, search=Search(budget=2**num_players - 1))
+    credit = measure_credit(utility, num_players, search=Search(budget=2**num_players - 1, precision=0))
     assert credit.stopped == "exact" and sorted(utility.asked) == list(range(2**num_players))
     np.testing.assert_allclose(credit.banzhaf.cells, exact_banzhaf(utilities), atol=1e-9)
     np.testing.assert_allclose(credit.leave_one_out.cells, leave_one_out(utilities), atol=1e-9)
@@ -125,7 +125,7 @@ def test_the_search_stops_when_intervals_are_narrow_and_never_for_a_verdict() ->
     wide, narrow = (credit_of(utilities, budget=200, precision=precision, batch=4) for precision in (0.05, 0.004))
     assert wide.stopped == narrow.stopped == "narrow"
     assert len(wide.coalitions) < len(narrow.coalitions) < 200
-    assert credit_of(utilities, budget=30, precision=0).stopped in ("budget", "narrow")
+    assert credit_of(utilities, budget=30, precision=0).stopped == "budget"
 
 
 def test_players_without_effect_are_said_to_have_none() -> None:
@@ -239,8 +239,7 @@ def test_a_prior_is_scaled_and_never_turned_round() -> None:
 
 def test_holm_and_sign_flips_against_their_definitions() -> None:
     assert holm(np.array([0.01, 0.04, 0.03, 0.005])).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert sign_flip_p(np.array([1.0, 1.0, 1.0]), seed=0) == pytest.approx(2 / 8)
-    assert sign_flip_p(np.array([3.0, -1.0]), seed=0) == pytest.approx(1.0)
-    assert sign_flip_p(np.zeros(5), seed=0) == 1.0
-    many = sign_flip_p(np.ones(40), seed=0)
-    assert 0 < many < 1e-3
+    few = np.array([[1.0, 1.0, 1.0], [3.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert sign_flip_p(few, seed=0).tolist() == pytest.approx([2 / 8, 1.0, 1.0])
+    many = sign_flip_p(np.stack([np.ones(40), np.tile([1.0, -1.0], 20)]), seed=0)
+    assert 0 < many[0] < 1e-3 and many[1] == 1.0
