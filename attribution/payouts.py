@@ -59,7 +59,6 @@ class Claim:
 
     kind: str
     id: str
-    name: str
     value: int
     low: int
     high: int

@@ -160,7 +160,7 @@ def payouts(settled: Settled, people: Sequence[Person], near: NearDuplicates) ->
         if owner != rows[row_id].contributor:
             pair = (rows[row_id].contributor, owner)
             counts[pair] = counts.get(pair, 0) + 1
-    copies = [Copies("lab", "contributor", copier, owner, owner, count) for (copier, owner), count in counts.items()]
+    copies = [Copies("lab", "contributor", copier, owner, count) for (copier, owner), count in counts.items()]
     claims = claims_of(settled, copies)
     shared = allocate(POOL, claims, gain=settled.gain, confidence=CONFIDENCE, familywise=True)
     return {payout.claim.id: payout.amount for payout in shared.payouts}

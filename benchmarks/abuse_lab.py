@@ -183,7 +183,6 @@ def settle(
         Player(
             "contributor",
             person.name,
-            person.name,
             *(round(float(value) * MICRO) for value in (estimate.values[n], estimate.low[n], estimate.high[n])),
             p_micro=round(float(credit.p_values[n]) * MICRO),
             num_rows=len(person.rows),

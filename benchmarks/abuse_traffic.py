@@ -52,7 +52,7 @@ def self_deal(world: CreditWorld) -> float:
     """Pay for requests to one's own rows: what comes back less what was paid, against the data part of it."""
     ids = answer(world, [world.digest] * 50, start=2000)
     statement = _statement(world, ids, payer=ATTACKER)
-    back = _received(statement, ATTACKER)
+    back = _received(statement, world.keys[ATTACKER])
     return 100 * (back - FEE * len(ids)) / sum(line.data_part for line in statement.requests)
 
 
@@ -61,7 +61,7 @@ def register_again(world: CreditWorld) -> float:
     contribute(world.trail, world.folder / f"{ATTACKER}.jsonl", contributor="thief", licence="CC0-1.0")
     ids = answer(world, [world.digest] * 10, start=3000)
     statement = _statement(world, ids, payer="team")
-    return 100 * _received(statement, "thief") / sum(line.data_part for line in statement.requests)
+    return 100 * _received(statement, world.keys["thief"]) / sum(line.data_part for line in statement.requests)
 
 
 def relabel(world: CreditWorld) -> float:
@@ -73,7 +73,7 @@ def relabel(world: CreditWorld) -> float:
         statement = _statement(world, ids, payer="team")
     except StatementError:  # refused, naming the row and who registered it
         return 0.0
-    return 100 * _received(statement, "thief") / sum(line.data_part for line in statement.requests)
+    return 100 * _received(statement, world.keys["thief"]) / sum(line.data_part for line in statement.requests)
 
 
 def relabelled_adapter(world: CreditWorld, name: str) -> str:
@@ -95,8 +95,8 @@ def relabelled_adapter(world: CreditWorld, name: str) -> str:
     return adapter.digest
 
 
-def _received(statement: Statement, name: str) -> int:
-    return sum(line.amount for line in statement.payouts if line.source == "data" and line.name == name)
+def _received(statement: Statement, party: str) -> int:
+    return sum(line.amount for line in statement.payouts if line.source == "data" and line.id == party)
 
 
 def _statement(world: CreditWorld, ids: Sequence[str], *, payer: str) -> Statement:

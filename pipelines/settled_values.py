@@ -39,7 +39,7 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
             raise VerifyError("values", f"{where}: coalition {missing[0]}, which its seed draws, is not in its table")
         return np.array([cells[name] for name in bits], dtype=np.float64)
 
-    search = Search(how.budget, how.precision, how.confidence, how.seed, batch=how.num_workers * how.runs_at_once)
+    search = Search.of(how)
     try:
         credit = measure_credit(recorded, len(order), search=search)
     except CreditError as error:

@@ -32,11 +32,10 @@ def find_copies(trail: "Trail", settlements: Sequence[Settlement], policy: Polic
     priority = prioritise(list(rows.values()), near_duplicates(policy))
     num_rows: Counter[tuple[str, str, str]] = Counter()
     copies: Counter[tuple[str, str, str, str]] = Counter()
-    labels = contributor_names(trail)
     for settlement in settlements:
         learnt = learnt_rows(trail, settlement.adapter, rows)
         for kind in DATA_KINDS:
-            player_of = _players(trail, settlement, kind, labels)
+            player_of = _players(trail, settlement, kind)
             for row in learnt if player_of is not None else ():
                 assert player_of is not None
                 player = player_of(row)
@@ -45,8 +44,7 @@ def find_copies(trail: "Trail", settlements: Sequence[Settlement], policy: Polic
                     owner = player_of(rows[priority.first[row.row_id]])
                     copies[settlement.adapter, kind, player, owner] += 1
     lines = tuple(
-        Copies(adapter, kind, player, owner, labels.get(owner, owner[:16]), count)
-        for (adapter, kind, player, owner), count in sorted(copies.items())
+        Copies(adapter, kind, player, owner, count) for (adapter, kind, player, owner), count in sorted(copies.items())
     )
     return CopyFindings(num_rows, lines, shared_clusters(priority, rows))
 
@@ -121,13 +119,8 @@ def shared_clusters(priority: Priority, rows: dict[str, RegisteredRow]) -> tuple
     return tuple(found)
 
 
-def _players(
-    trail: "Trail", settlement: Settlement, kind: str, labels: dict[str, str]
-) -> Callable[[RegisteredRow], str] | None:
-    """Say which player of a kind a row belongs to, by the settlement's name for it; None when it has none of the kind.
-
-    `labels` learns the names of datasets.
-    """
+def _players(trail: "Trail", settlement: Settlement, kind: str) -> Callable[[RegisteredRow], str] | None:
+    """Say which player of a kind a row belongs to, by the settlement's id for it; None when it has none of the kind."""
     ids = {player.id for player in settlement.players if player.kind == kind}
     if not ids:
         return None
@@ -140,5 +133,4 @@ def _players(
         origin = contribution.origin
         names = (origin.dataset, contribution.rows, contribution.name)
         named[origin.leaf_index] = next((name for name in names if name in ids), origin.dataset)
-        labels[named[origin.leaf_index]] = contribution.name
     return lambda row: named[row.leaf_index]

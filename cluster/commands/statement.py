@@ -130,9 +130,8 @@ def _check(file: Path, keys: Path, home: Path | None, *, num_cells: int, seed: i
     verified.checks.extend(check_home(trail, statement, partial(find_copies, trail), leaf_hash=leaf_hash))
     verified.checks.extend(check_values(trail, settlement) for settlement in settlements_of(trail, statement))
     if num_cells:
-        from pipelines.settle.recheck import recheck as measure_again
-
         from attribution.statement_recheck import recheck
+        from pipelines.settle.recheck import recheck as measure_again
 
         found = recheck(trail, statement, measure_again, num_cells=num_cells, seed=seed)
         verified.checks.append(
@@ -156,9 +155,11 @@ def _entry(trail: "Trail", leaf: str | None) -> "Entry":
 
 def _print(trail: "Trail", entry: "Entry") -> None:
     from attribution.statement_make import read_statement
+    from attribution.statement_names import names_of
     from cluster.commands.statement_tables import print_statement
 
-    print_statement(read_statement(trail, entry), leaf_hash=entry.leaf_hash)
+    statement = read_statement(trail, entry)
+    print_statement(statement, names_of(trail, statement), leaf_hash=entry.leaf_hash)
 
 
 def _time_us(option: str, text: str) -> int:

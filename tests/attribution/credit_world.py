@@ -120,8 +120,7 @@ def measured_settlement(world: CreditWorld) -> Settlement:
         return -4 + gain[:, None] * np.linspace(0.9, 1.1, 8)
 
     how = SettleSettings(budget=7, seed=3)
-    search = Search(how.budget, how.precision, how.confidence, how.seed, batch=how.num_workers * how.runs_at_once)
-    credit = measure_credit(utility, len(names), search=search)
+    credit = measure_credit(utility, len(names), search=Search.of(how))
     found = credit.banzhaf
     table = {
         "coalition": ["".join("1" if bit else "0" for bit in row) for row in credit.coalitions],

@@ -28,7 +28,7 @@ def claims(draw: st.DrawFn, *, max_size: int = 8) -> list[Claim]:
 
 
 def claim(name: str, value: int, width: int) -> Claim:
-    return Claim("contributor", name, name, value, value - width, value + width)
+    return Claim("contributor", name, value, value - width, value + width)
 
 
 def paid(pool: int, found: list[Claim], gain: int, *, familywise: bool = False) -> dict[str, int]:

@@ -12,8 +12,9 @@ import pytest
 from attribution.canonical import canonical_json
 from attribution.log.proved import VerifyError
 from attribution.settlement import Settlement
-from attribution.statement import NO_ADAPTER, Statement, StatementError
+from attribution.statement import NO_ADAPTER, PayoutLine, Statement, StatementError
 from attribution.statement_make import Period, make_statement, read_statement
+from attribution.statement_names import names_of
 from attribution.statement_recheck import recheck
 from attribution.statement_verify import check_home, statement_bundle, verify_statement
 from attribution.trail import Entry, Trail
@@ -52,8 +53,14 @@ def make(world: CreditWorld, file: Path | None = None, period: Period = PERIOD, 
     )
 
 
-def amounts(statement: Statement) -> dict[str, int]:
-    return {line.name: line.amount for line in statement.payouts if line.source == "data"}
+def amounts(world: CreditWorld, statement: Statement) -> dict[str, int]:
+    return {name: line.amount for name, line in data_lines(world, statement).items()}
+
+
+def data_lines(world: CreditWorld, statement: Statement) -> dict[str, PayoutLine]:
+    """The payouts to contributors, by name."""
+    names = names_of(world.trail, statement)
+    return {names[line.id]: line for line in statement.payouts if line.source == "data"}
 
 
 def test_fees_go_to_base_trainer_data_and_platform_and_sum(built: CreditWorld, entry: Entry) -> None:
@@ -64,8 +71,11 @@ def test_fees_go_to_base_trainer_data_and_platform_and_sum(built: CreditWorld, e
     assert (totals.table, totals.fees, totals.platform, totals.base, totals.adapter) == (6000, 6000, 600, 600, 1000)
     assert totals.data + totals.unattributed == 6000 - 2200
     # The gain is 2.0; noor's value 0.9 of it; mira's 0.4 and the 0.4 that her copied rows were measured at.
-    assert amounts(statement) == {"mira": 3000 * 8 // 20, "noor": 3000 * 9 // 20, "thief": 0}
-    fixed = {(line.source, line.kind, line.name): line.amount for line in statement.payouts if line.source != "data"}
+    assert amounts(built, statement) == {"mira": 3000 * 8 // 20, "noor": 3000 * 9 // 20, "thief": 0}
+    names = names_of(built.trail, statement)
+    fixed = {
+        (line.source, line.kind, names[line.id]): line.amount for line in statement.payouts if line.source != "data"
+    }
     assert fixed == {("adapter", "trainer", "operator"): 1000, ("base", "base_model", "tiny (tests)"): 600}
     alone = next(pool for pool in statement.pools if pool.adapter == NO_ADAPTER)
     assert (alone.unattributed, alone.reason) == (800, "the base answered alone")
@@ -77,12 +87,12 @@ def test_the_thief_gets_nothing_and_the_owner_all_of_it(built: CreditWorld, entr
         (built.keys["thief"], built.keys["mira"], 2)
     ]
     assert [cluster.contributors for cluster in statement.clusters] == [(built.keys["mira"], built.keys["thief"])] * 2
-    lines = {line.name: line for line in statement.payouts if line.source == "data"}
+    lines = data_lines(built, statement)
     assert (lines["thief"].verdict, lines["thief"].amount, lines["thief"].value) == ("later copy", 0, 0)
     assert lines["mira"].moved == 400_000 and lines["mira"].value == 800_000
     assert lines["mira"].value - lines["mira"].low == 141_422  # two half-widths of 100,000 in quadrature
     blind = read_statement(built.trail, make_again(built, near_duplicates="skeleton", confidence=0.8))
-    assert amounts(blind)["thief"] == 0  # look-alikes are seen by the least of the methods
+    assert amounts(built, blind)["thief"] == 0  # look-alikes are seen by the least of the methods
 
 
 def make_again(world: CreditWorld, **settings: Any) -> Entry:
@@ -121,7 +131,7 @@ def test_the_order_of_the_fee_table_pays_nobody_more(world: CreditWorld, tmp_pat
     other = build_world(tmp_path / "other")
     one = read_statement(world.trail, make(world, world.fees(rows)))
     two = read_statement(other.trail, make(other, other.fees(rows[::-1])))
-    assert one.totals == two.totals and amounts(one) == amounts(two)
+    assert one.totals == two.totals and amounts(world, one) == amounts(other, two)
 
 
 def test_an_adapter_without_settlement_or_gain_pays_no_data(world: CreditWorld) -> None:
@@ -184,7 +194,7 @@ TAMPERED = [
     (("fee_table", "digest"), "sha256:" + "0" * 64, "digest"),
     (("clusters", 0, "row_ids"), ["a", "b"], "digest"),
     (("period_end_us",), START_US + 1, r"line 3: request rcpt_0+1 is of another time"),
-    (("makers", 0, "name"), "somebody else", r"payouts\[0\].*name is 'operator', but 'somebody else'"),
+    (("makers", 0, "id"), "f" * 64, r"payouts\[0\].*id is '[0-9a-f]+', but 'f+'"),
     (("v",), 2, "version 2 is unknown"),
     (("unit",), 3, "unit = 3: must be str"),
 ]

@@ -40,13 +40,13 @@ def statements(draw: st.DrawFn) -> Statement:
     )
     settled = tuple(draw(settlements(adapter)) for adapter in draw(st.sets(st.sampled_from(ADAPTERS[:2]))))
     copies = tuple(
-        Copies(one.adapter, "contributor", copier, owner, owner, draw(st.integers(1, 10)))
+        Copies(one.adapter, "contributor", copier, owner, draw(st.integers(1, 10)))
         for one in settled
         for copier, owner in draw(
             st.sets(st.sampled_from([(a, b) for a in PEOPLE for b in PEOPLE if a != b]), max_size=2)
         )
     )
-    makers = (Maker("base", BASE, BASE, "base"), Maker("adapter", ADAPTERS[0], "t", "trainer"))
+    makers = (Maker("base", BASE, BASE), Maker("adapter", ADAPTERS[0], "t"))
     table = FeeTable("fees.csv", BASE, len(requests), sum(line.fee for line in requests))
     code = CodeIdentity("", False, "0.1.0")
     return Statement(1, "units", 0, 10, policy, 0, code, table, settled, copies, (), makers, requests)
@@ -60,7 +60,7 @@ def settlements(draw: st.DrawFn, adapter: str) -> Settled:
     for name in PEOPLE[: draw(st.integers(0, 4))]:
         value, width = draw(number), draw(st.integers(1, MILLION))
         p_micro, num_rows = draw(st.sampled_from((0, 99_999, 100_001))), draw(st.integers(0, 20))
-        players.append(Player("contributor", name, name, value, value - width, value + 1, p_micro, num_rows))
+        players.append(Player("contributor", name, value, value - width, value + 1, p_micro, num_rows))
     return Settled("", adapter, "s", "u", "m", draw(number), draw(number), 900_000, 8, 0, "", tuple(players))
 
 
@@ -105,12 +105,12 @@ def test_a_statement_is_the_same_after_a_journey_as_json(raw: Statement) -> None
 
 
 def player(name: str, value: int, width: int, num_rows: int) -> Player:
-    return Player("contributor", name, name, value, value - width, value + width, 0, num_rows)
+    return Player("contributor", name, value, value - width, value + width, 0, num_rows)
 
 
 def claims(*players: Player, copies: tuple[tuple[str, str, int], ...]) -> dict[str, tuple[int, int, int, int, bool]]:
     settled = Settled("", "a", "s", "u", "m", 0, MILLION, 900_000, 8, 0, "", players)
-    lines = [Copies("a", "contributor", copier, owner, owner, count) for copier, owner, count in copies]
+    lines = [Copies("a", "contributor", copier, owner, count) for copier, owner, count in copies]
     found = claims_of(settled, lines)
     return {
         claim.id: (claim.value, claim.value - claim.low, claim.high - claim.value, claim.moved, claim.is_copy)

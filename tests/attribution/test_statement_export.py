@@ -49,8 +49,8 @@ def test_the_csv_sums_to_the_fees_and_starts_no_formula(world: CreditWorld, entr
     assert sum(int(row["amount"]) for row in rows) == statement.totals.fees == 6000
     assert {row["source"] for row in rows} == {"platform", "base", "adapter", "data", "unattributed"}
     assert {row["unit"] for row in rows} == {"cents"}
-    named = replace(statement, payouts=(replace(statement.payouts[0], name="=HYPERLINK(1)"),))
-    assert "'=HYPERLINK(1)" in payouts_csv(named, leaf_hash="")
+    hostile = {statement.payouts[0].id: "=HYPERLINK(1)"}
+    assert "'=HYPERLINK(1)" in payouts_csv(statement, hostile, leaf_hash="")
 
 
 def test_the_page_stands_alone_and_names_stay_text(world: CreditWorld, entry: Entry, statement: Statement) -> None:
@@ -69,7 +69,7 @@ def test_a_page_of_nothing_but_the_base_has_no_charts(statement: Statement) -> N
     from attribution.statement import compute
 
     alone = compute(replace(statement, settlements=(), copies=(), clusters=(), requests=statement.requests[-2:]))
-    page = statement_html(alone, leaf_hash="0" * 64, index=3)
+    page = statement_html(alone, {}, leaf_hash="0" * 64, index=3)
     assert "answered by the base model alone" in page and "Who made this adapter" not in page
 
 

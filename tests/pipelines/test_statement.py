@@ -72,8 +72,8 @@ def test_players_that_are_datasets_are_known_by_their_contributions(world: Credi
     players = tuple(replace(player(leaves[name], name, *VALUES[name]), kind="dataset") for name in VALUES)
     entry = world.settle({}, players=players, over="datasets")
     found = find_copies(world.trail, [settlement_of(world.trail, entry)], POLICY)
-    assert [(line.kind, line.player, line.owner, line.owner_name) for line in found.copies] == [
-        ("dataset", leaves["thief"], leaves["mira"], "mira")
+    assert [(line.kind, line.player, line.owner) for line in found.copies] == [
+        ("dataset", leaves["thief"], leaves["mira"])
     ]
     assert isinstance(world.adapter.record.body, AdapterBody)  # type: ignore[union-attr]
     assert sum(found.num_rows.values()) == load_refined(world.trail, world.adapter.record.body.dataset).num_rows  # type: ignore[union-attr]
