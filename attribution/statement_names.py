@@ -1,7 +1,7 @@
 """What the parties of a statement are called today.
 
-Names stand in records of their own, which may be erased; a statement holds ids alone, so that erasing a person leaves it
-as it was signed.
+Names stand in records of their own, which may be erased; a statement holds ids alone, so that erasing a person leaves
+it as it was signed.
 """
 
 from collections.abc import Mapping

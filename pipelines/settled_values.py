@@ -29,7 +29,9 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
     if record is None or record.config is None or not trail.store.has(record.config):
         raise VerifyError("values", f"{where}: the settings it was made under are not in this home")
     how = SettleSettings.model_validate(trail.get_json(record.config))
-    order = [(str(player["kind"]), str(player["id"])) for player in trail.get_json(settlement.plan)["players"]]
+    plan = trail.get_json(settlement.plan)
+    order = [(str(player["kind"]), str(player["id"])) for player in plan["players"]]
+    prior = np.array(trail.get_table(plan["prior"])["gains"].to_pylist()) if plan.get("prior") else None
     rows = trail.get_table(settlement.table).to_pylist()
     cells = {row["coalition"]: row["utilities"] for row in rows}
 
@@ -39,9 +41,8 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
             raise VerifyError("values", f"{where}: coalition {missing[0]}, which its seed draws, is not in its table")
         return np.array([cells[name] for name in bits], dtype=np.float64)
 
-    search = Search.of(how)
     try:
-        credit = measure_credit(recorded, len(order), search=search)
+        credit = measure_credit(recorded, len(order), search=Search.of(how), prior=prior)
     except CreditError as error:
         raise VerifyError("values", f"{where}: {error}") from error
     if len(credit.coalitions) != len(rows):
