@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_the_page_stands_alone_and_names_stay_text(world: CreditWorld, entry: En
     page = export_text(world.trail, entry, "html")
     assert "<script" not in page and "alert(&#39;x&#39;)" in page
     assert not re.findall(r"""(?:src|href)\s*=|url\(|@import""", page)
-    assert "default-src 'none'; style-src 'sha256-" in page
+    assert "default-src 'none'; style-src 'sha256-" in unescape(page)
     for text in ("Credit statement", "mira", "later copy", "comparable within one settlement only", "rcpt_unknown"):
         assert text in page
     flow = ribbons(statement)
