@@ -4,7 +4,7 @@ Shape legend: n examples, t token positions, r LoRA rank, l the factor's long si
 B), v vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution.influence.encode import IGNORED_LABEL
+from attribution.influence.store import TraceError
 
 Encoded = tuple[Sequence[int], Sequence[int]]
 """(input ids, labels) of one example, as `encode_example` returns them."""
@@ -73,6 +74,14 @@ class LoraFactors:
             f"{module.name}.lora_{side}": (module.rank, length)
             for module in self.modules
             for side, length in (("A", module.lora_a.in_features), ("B", module.lora_b.out_features))
+        }
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the live weights by PEFT name."""
+        return {
+            f"{module.name}.lora_{side}.weight": linear.weight
+            for module in self.modules
+            for side, linear in (("A", module.lora_a), ("B", module.lora_b))
         }
 
     def pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
@@ -136,6 +145,16 @@ class LoraFactors:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def set_factor_weights(factors: LoraFactors, weights: Mapping[str, Tensor]) -> None:
+    """Copy LoRA weights by PEFT name into the model. Raises TraceError for a missing or misshapen one."""
+    with torch.no_grad():
+        for name, parameter in factors.parameters().items():
+            value = weights.get(name)
+            if value is None or value.shape != parameter.shape:
+                raise TraceError(f"checkpoint: weight {name!r} is missing or misshapen; train the adapter again")
+            parameter.copy_(value)
 
 
 def pad_batch(batch: Sequence[Encoded], *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:

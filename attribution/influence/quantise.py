@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attribution.influence.codec import BLOCK
+from kernels.gradients import BLOCK
 
 LARGEST_CODE, LARGEST_SCALE = 127, 255
 TINY = float(np.finfo(np.float32).tiny)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attribution.influence.encode import IGNORED_LABEL
-from attribution.influence.factors import Encoded, LoraFactors
+from attribution.influence.factors import Encoded, LoraFactors, set_factor_weights
 from attribution.influence.gradients import GradientFeatures, target_log_likelihoods
 from attribution.influence.rows import StoreRows, TraceRows
 from attribution.influence.store import Trace, TraceError
@@ -47,7 +47,7 @@ class AdapterModels:
         self._adapter_path: Path | None = None
         self._model: Any = None
         self._features: tuple[tuple[int, int], GradientFeatures] | None = None
-        self._codecs: dict[tuple[Path, str], GradientCodec] = {}
+        self._codecs: dict[Path, GradientCodec] = {}
         self._verified: set[Path] = set()
 
     def folder(self, store: "Store", digest: str) -> Path:
@@ -120,13 +120,13 @@ class AdapterModels:
                 f"trace {trace.path.name}: its gradients are of other modules than the adapter's; "
                 "the trace belongs to another adapter"
             )
-        _set_factor_weights(factors, trace.adapter_weights(int(view)))
+        set_factor_weights(factors, trace.adapter_weights(int(view)))
         moments = trace.exp_avg_sq(int(view)) if codec.preconditioner == "adam" else None
         groups = factors.group_pairs(completion.encoded, num_groups=num_groups)
         return torch.cat([codec.encode(pairs, exp_avg_sq=moments) for pairs in groups]).cpu().numpy()
 
     def _codec(self, store: "GradientStore", view: str) -> "GradientCodec":
-        key = (store.path, view)
+        key = store.codec_file(view)
         if key not in self._codecs:
             device = next(self._model.parameters()).device
             self._codecs[key] = store.codec(view).to(device)
@@ -136,7 +136,7 @@ class AdapterModels:
     def _at(
         features: GradientFeatures, completion: Completion, trace: Trace, step: int, num_groups: int
     ) -> NDArray[np.float32]:
-        _set_factor_weights(features.factors, trace.adapter_weights(step))
+        set_factor_weights(features.factors, trace.adapter_weights(step))
         input_ids, labels = completion.encoded
         rows = features.token_features(input_ids, labels, exp_avg_sq=trace.exp_avg_sq(step), num_groups=num_groups)
         return rows.numpy()
@@ -176,26 +176,8 @@ class AdapterModels:
 @contextmanager
 def _served_again(factors: LoraFactors) -> Iterator[None]:
     """Put the factors' present weights back afterwards."""
-    served = {name: parameter.detach().clone() for name, parameter in _factors(factors).items()}
+    served = {name: parameter.detach().clone() for name, parameter in factors.parameters().items()}
     try:
         yield
     finally:
-        _set_factor_weights(factors, served)
-
-
-def _set_factor_weights(factors: LoraFactors, weights: Mapping[str, Tensor]) -> None:
-    """Copy LoRA weights by PEFT name into the model. Raises TraceError for a missing or misshapen one."""
-    with torch.no_grad():
-        for name, parameter in _factors(factors).items():
-            value = weights.get(name)
-            if value is None or value.shape != parameter.shape:
-                raise TraceError(f"checkpoint: weight {name!r} is missing or misshapen; train the adapter again")
-            parameter.copy_(value)
-
-
-def _factors(factors: LoraFactors) -> dict[str, Tensor]:
-    return {
-        f"{module.name}.lora_{side}.weight": linear.weight
-        for module in factors.modules
-        for side, linear in (("A", module.lora_a), ("B", module.lora_b))
-    }
+        set_factor_weights(factors, served)

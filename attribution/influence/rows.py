@@ -151,7 +151,7 @@ def shard_dots(
     """Return (query [g, d] @ rows^T [g, live rows], lengths [live rows]) of one view of a shard."""
     import torch
 
-    from kernels.gradient_scores import score_rows
+    from kernels.gradients import score_rows
 
     rows = shard.rows(view)
     arrays = (rows.codes, rows.scales, np.ascontiguousarray(rows.units), np.ascontiguousarray(query))
