@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from attribution.store import Store
 
 
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+
+
 @dataclass(frozen=True)
 class Completion:
     """What was asked and answered, as token ids."""
@@ -48,6 +51,7 @@ class AdapterModels:
         self._model: Any = None
         self._features: tuple[tuple[int, int], GradientFeatures] | None = None
         self._codecs: dict[Path, GradientCodec] = {}
+        self._own: dict[tuple[Path, Path], bool] = {}
         self._verified: set[Path] = set()
 
     def folder(self, store: "Store", digest: str) -> Path:
@@ -66,6 +70,19 @@ class AdapterModels:
         with model.disable_adapter():
             alone = target_log_likelihoods(model, batch)[0]
         return (adapted - alone).double().numpy()
+
+    def is_own(self, trace: Trace, adapter: Path) -> bool:
+        """Say whether an adapter's weights are those that its trace ends with: none merged, averaged or edited since."""
+        key = (trace.path, adapter)
+        if key not in self._own:
+            from safetensors.torch import load_file
+
+            served = load_file(adapter / ADAPTER_WEIGHTS_FILE)
+            trained = trace.adapter_weights(trace.checkpoint_steps[-1])
+            self._own[key] = served.keys() == trained.keys() and all(
+                torch.equal(served[name].float(), trained[name].float()) for name in served
+            )
+        return self._own[key]
 
     def features(
         self, completion: Completion, rows: "TraceRows | StoreRows", *, base: Path, adapter: Path, num_groups: int

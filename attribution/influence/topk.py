@@ -3,7 +3,7 @@
 Shape legend: c views asked, q queries, n examples of a shard, d numbers in a row.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,7 +61,7 @@ def top_examples(
     """
     chosen = _shards(store, shards)
     if totals is None:
-        totals = exposure_totals(store, asked.views, shards=shards)
+        totals = exposure_totals(exposure_sums(store, asked.views, shards=shards))
     corrections = view_corrections(store)
     factors = [corrections[store.views.index(view)] for view in asked.views]
     found = []
@@ -85,12 +85,16 @@ def merge(parts: Iterable[Sequence[Hit]], *, k: int) -> tuple[Hit, ...]:
     return tuple(sorted((hit for part in parts for hit in part), key=_order)[:k])
 
 
-def exposure_totals(
+def exposure_sums(
     store: "GradientStore", views: Sequence[str], *, shards: Sequence[str] | None = None
-) -> NDArray[np.float64]:
-    """Return float64 [c]: the exposure that each asked view stands for, summed over the examples of some shards."""
-    sums = [exposure(store, shard, views).sum(axis=0) for shard in _shards(store, shards)]
-    return np.sum(sums, axis=0) if sums else np.zeros(len(views))
+) -> dict[str, list[float]]:
+    """Return, for some shards by name, the exposure that each asked view stands for, summed over the shard's examples."""
+    return {shard.name: exposure(store, shard, views).sum(axis=0).tolist() for shard in _shards(store, shards)}
+
+
+def exposure_totals(sums: Mapping[str, Sequence[float]]) -> NDArray[np.float64]:
+    """Return float64 [c]: the sums of all shards, added in the order of their names."""
+    return np.asarray([sums[name] for name in sorted(sums)], dtype=np.float64).sum(axis=0)
 
 
 def exposure(store: "GradientStore", shard: "Shard", views: Sequence[str]) -> NDArray[np.float64]:

@@ -133,6 +133,21 @@ def test_the_eigenvalue_correction_is_nearer_to_the_fisher_matrix_than_kfac(
         assert np.linalg.norm(fisher - corrected) <= np.linalg.norm(fisher - kfac)
 
 
+def test_padding_does_not_move_the_bases(factors: LoraFactors) -> None:
+    """A fit on examples of one length is that of the same examples beside a long one that carries no loss but one."""
+    from attribution.influence.ekfac import CodecFit
+
+    settings = CodecSettings("ekfac", basis_dim=512)
+    covariances = []
+    for batch in ([BATCH[1]], [BATCH[1], (list(range(5, 40)), [-100] * 35)]):
+        fit = CodecFit(factors, settings)
+        # One generator draws for targets alone, and the long example has none.
+        fit.add_bases([*batch, *batch])
+        covariances.append(fit.sums())
+    for alone, padded in zip(*covariances, strict=True):
+        torch.testing.assert_close(alone, padded, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+
+
 def test_each_factor_is_damped_by_its_own_mean(model: PeftModel, factors: LoraFactors) -> None:
     """A factor whose gradients are a thousand times longer gets the same whitened rows: nothing leaks between factors."""
     name = next(iter(factors.shapes))
