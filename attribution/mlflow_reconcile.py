@@ -4,7 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, InfluenceBody, PromptBody, PublicationBody
+from attribution.bodies import (
+    AdapterBody,
+    BaseModelBody,
+    BenchmarkBody,
+    InfluenceBody,
+    PromptBody,
+    PublicationBody,
+    SettlementBody,
+)
 from attribution.mlflow_context import MODEL_KINDS, ViewContext
 from attribution.mlflow_datasets import TAG_ROWS_DIGEST, row_tags, shown_rows, stored_digest
 from attribution.mlflow_prompts import TAG_TEXT, prompt_tags, registered, template_of, versions_of
@@ -129,7 +137,7 @@ def _expected_of(context: ViewContext, entry: Entry) -> Iterator[Expected]:
             yield Expected("dataset", leaf, leaf, row_tags(context, entry, shown_rows(context, entry)))
     elif isinstance(body, PromptBody):
         yield Expected("prompt", leaf, leaf, {**prompt_tags(context, entry), TAG_TEXT: template_of(context, entry)})
-    elif isinstance(body, BenchmarkBody):
+    elif isinstance(body, BenchmarkBody | SettlementBody):
         yield Expected("run", leaf, leaf, context.tags(entry, digest=body.adapter))
     elif isinstance(body, PublicationBody):
         maker = context.trail.find(body.digest)

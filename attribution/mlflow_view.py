@@ -23,6 +23,7 @@ from attribution.mlflow_runs import (
     write_benchmark,
     write_publication,
     write_refinement,
+    write_settlement,
 )
 from attribution.mlflow_server import TAG_NOTE, UNSHOWABLE, MlflowServer, ViewUnavailable, translated_errors
 from attribution.mlflow_traces import write_completions, write_influence
@@ -44,6 +45,7 @@ WRITERS: dict[str, Callable[[ViewContext, Entry], None]] = {
     "completions": write_completions,
     "influence": write_influence,
     "redaction": write_redaction,
+    "settlement": write_settlement,
 }
 OnRecord = Callable[[Entry], None]
 

@@ -26,6 +26,7 @@ from attribution.bodies import (
 )
 from attribution.keys import SigningKey
 from attribution.records import Artefact, Party
+from attribution.settlement import SettledPlayer, Settlement, record_settlement
 from attribution.trail import Entry, Trail
 from pipelines.refine.table import REFINED
 
@@ -151,6 +152,46 @@ def explain(log: ExampleLog, receipt_id: str, shares: dict[str, tuple[float, flo
     )
     log.influences.append(entry)
     return entry
+
+
+def settle(log: ExampleLog, values: dict[str, tuple[float, float, float]]) -> Entry:
+    """Record a settlement of the adapter: contributor name -> (value, low, high)."""
+    trail = log.trail
+    players = tuple(
+        SettledPlayer(
+            kind="contributor",
+            id=log.keys[name].key_id,
+            name=name,
+            value=value,
+            low=low,
+            high=high,
+            leave_one_out=value / 2,
+            loo_low=low / 2,
+            loo_high=high / 2,
+            p_value=0.01 if low > 0 else 0.6,
+            verdict="helped" if low > 0 else "no measurable effect",
+        )
+        for name, (value, low, high) in values.items()
+    )
+    settlement = Settlement(
+        adapter=digest_of(log.adapter),
+        suite=trail.put_json({"suite": 1}),
+        utility="mean log-likelihood of the reference answer, nats per token",
+        players=players,
+        empty_value=-4.312345,
+        full_value=-0.812345,
+        num_coalitions=32,
+        num_cells=320,
+        method="settle: ridge",
+        confidence=0.9,
+        seed=7,
+        table=trail.put_table(pyarrow.table({"coalition": ["11"], "utilities": [[0.5]]})),
+        plan=trail.put_json({"plan": 1}),
+        adapter_name="facts",
+        suite_name="fictional-facts",
+        over="contributors",
+    )
+    return record_settlement(trail, settlement)
 
 
 def prompt(log: ExampleLog, name: str, text: str, *, by: str) -> Entry:

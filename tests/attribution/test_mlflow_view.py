@@ -28,14 +28,15 @@ from tests.attribution.records_example import (
     digest_of,
     explain,
     prompt,
+    settle,
 )
 from tests.browser import Browser, needs_browser
 
 QUESTIONS = {"Which lamp burns at Vellmoor?": "A green one.", "Who keeps Cape Ostrel?": "Ines Varga."}
 SHARES = {"Mira, lighthouses": (0.71, 0.56, 0.83), "Noor, lighthouses": (0.12, 0.02, 0.26)}
 PROMPT_TEXTS = ("Answer as a keeper: {{question}}", "Answer as a keeper, in one line: {{question}}")
-# Contributions, refinement, base, adapter, benchmark, publication, two batches, two influences, two prompts.
-NUM_SHOWN = len(PEOPLE) + 11
+# Contributions, refinement, base, adapter, benchmark, publication, two batches, two influences, two prompts, settlement.
+NUM_SHOWN = len(PEOPLE) + 12
 DEAD_URI = "http://127.0.0.1:9"  # the discard port: nothing listens
 CATCH_UP_TIMEOUT_S = 240.0
 
@@ -58,6 +59,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> ExampleLog:
     explain(example, example.receipt_ids[1], {"Mira, lighthouses": (0.0, 0.0, 0.3)})
     for text in PROMPT_TEXTS:
         prompt(example, "greeting", text, by="Mira, lighthouses")
+    settle(example, {"Mira, lighthouses": (1.25, 0.75, 1.5), "</script><script>alert('x')</script>": (0.0, -0.5, 0.5)})
     return example
 
 
@@ -214,6 +216,18 @@ def test_benchmark_run_takes_both_models_and_puts_out_none(client: Any, experime
     assert not run.outputs or not run.outputs.model_outputs
     assert run.data.metrics["contains.base"] == 0.0
     assert run.data.metrics["loss.change"] == pytest.approx(-3.5)
+
+
+def test_settlement_run_names_what_each_player_was_worth(client: Any, experiment_id: str, log: ExampleLog) -> None:
+    (entry,) = log.trail.entries(kind="settlement")
+    run = run_of(client, experiment_id, entry.leaf_hash)
+    models = {model_of(client, experiment_id, made.leaf_hash).model_id for made in (log.adapter, log.base)}
+    assert {item.model_id for item in run.inputs.model_inputs} == models
+    assert run.data.metrics["utility.with_all"] == pytest.approx(-0.812345)
+    assert run.data.params["num_players"] == "2"
+    note = run.data.tags[TAG_NOTE]
+    assert "Mira, lighthouses (contributor): **+1.2500** (+0.7500 to +1.5000), helped" in note
+    assert "<script>" not in note and "no measurable effect" in note
 
 
 def test_publication_is_a_version_with_alias(client: Any, experiment_id: str, log: ExampleLog) -> None:
