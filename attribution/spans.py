@@ -13,19 +13,15 @@ import zipfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attribution.disk import make_directory, write_atomically
 from attribution.influence.store import Trace, TraceExample
-
-if TYPE_CHECKING:
-    from attribution.store import Store
+from attribution.span_files import index_file
 
 METHOD = "spans/v1: maximal verbatim runs of words by a suffix array, rarest first by unigram log-probability"
-FOLDER = Path("views") / "spans"
 _ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 """Thai, Lao, Burmese, Khmer, kana, Han."""
 _TOKEN = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+|.", re.DOTALL)
@@ -67,7 +63,7 @@ class SpanIndex:
     """The suffix array of some rows. Immutable."""
 
     def __init__(self, words: Sequence[str], ids: Ids, starts: Ids, rows: Ids, suffixes: Ids) -> None:
-        """words [v]: the text of token id i + 1. Per token: its id, first character in its row, row; suffixes sorted."""
+        """words [v]: of token id i + 1. Per token: id, first character in its row, row; suffixes in order."""
         self._words, self._ids, self._starts, self._rows, self._suffixes = words, ids, starts, rows, suffixes
         self._id_of = {word: number + 1 for number, word in enumerate(words)}
         is_word = np.array([False, *map(_is_word, words)])
@@ -207,7 +203,7 @@ def find_spans(home: Path, trace: Trace, digest: str, completion: str, **limits:
 
     The index is read from the home's views, and made anew where it is missing, damaged or of other rows.
     """
-    path = home / FOLDER / f"{digest.removeprefix('sha256:')}.npz"
+    path = index_file(home, digest)
     if path.is_file():
         try:
             return SpanIndex.from_bytes(path.read_bytes()).search(completion, trace.examples, **limits)
@@ -217,15 +213,6 @@ def find_spans(home: Path, trace: Trace, digest: str, completion: str, **limits:
     make_directory(path.parent, 0o700)
     write_atomically(path, index.to_bytes())
     return index.search(completion, trace.examples, **limits)
-
-
-def forget_stale(home: Path, store: "Store") -> int:
-    """Remove the indexes of traces that the store no longer holds: they hold the words of erased rows. Return how many.
-    """
-    stale = [path for path in (home / FOLDER).glob("*.npz") if not store.has(f"sha256:{path.stem}")]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
 
 
 def suffix_array(tokens: Ids, *, max_length: int) -> Ids:

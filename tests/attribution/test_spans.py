@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attribution.influence.store import Trace, TraceExample
-from attribution.spans import FOLDER, SpanIndex, StaleIndex, covered, find_spans, forget_stale, suffix_array
+from attribution.span_files import FOLDER, forget_stale
+from attribution.spans import SpanIndex, StaleIndex, covered, find_spans, suffix_array
 from attribution.store import Store
 
 WORD = re.compile(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+")
@@ -38,7 +39,9 @@ def oracle(completion: str, texts: Sequence[str], *, min_words: int) -> dict[tup
             part, places = completion[start:end], []
             for number, text in enumerate(texts):
                 opens, closes = edges(text)
-                at = [i for i in range(len(text)) if text.startswith(part, i) and i in opens and i + len(part) in closes]
+                at = [
+                    i for i in range(len(text)) if text.startswith(part, i) and i in opens and i + len(part) in closes
+                ]
                 places += [(number, at[0])] if at else []
             if places:
                 held[start, end] = places
