@@ -57,7 +57,7 @@ def verify(
         trust = Trust.load(keys or home() / "trust.json")
         return verify_file(file, trust=trust if policy is None else trust.with_policy_of(policy))
 
-    _tell(file, check, as_json=as_json)
+    tell(file, check, as_json=as_json)
 
 
 @verify_app.command("adapter")
@@ -86,7 +86,7 @@ def adapter(
         verify = partial(verify_adapter, folder, signature=signature, proofs=proof or ())
     else:
         verify = partial(verify_adapter_of, home(), target)
-    _tell(target, lambda: verify(trust=Trust.load(trust_file)), as_json=as_json)
+    tell(target, lambda: verify(trust=Trust.load(trust_file)), as_json=as_json)
 
 
 @log_app.command("show")
@@ -149,7 +149,7 @@ def receipt(
     _write(receipt_bundle(Trail.open(create=False), receipt_id), out)
 
 
-def _tell(what: Path | str, verify: "Callable[[], Verified]", *, as_json: bool) -> None:
+def tell(what: Path | str, verify: "Callable[[], Verified]", *, as_json: bool) -> None:
     """Print what was shown, or the check that failed, which exits 1."""
     from attribution.log.proved import VerifyError
 
