@@ -46,6 +46,29 @@ class Finding:
     kind: str = ""
     p_value: float | None = None
 
+    @property
+    def value_text(self) -> str:
+        """The number with its unit: whole numbers whole, shares in percent, differences with a sign."""
+        if isinstance(self.value, int):
+            return f"{self.value:,} {self.unit}"
+        if self.unit == "of 1" and self.tier in ("explain", "counted"):
+            return f"{self.value:.1%}"
+        return f"{self.value:+.3f}" + ("" if self.unit == "of 1" else f" {self.unit}")
+
+    @property
+    def interval_text(self) -> str:
+        """The interval with its confidence and the p-value, '' without one."""
+        if self.low is None or self.high is None:
+            return ""
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            text = f"{self.low:,} to {self.high:,}"
+        elif self.unit == "of 1" and self.tier == "explain":
+            text = f"{self.low:.0%} to {self.high:.0%}"
+        else:
+            text = f"{self.low:+.3f} to {self.high:+.3f}"
+        text += "" if self.confidence is None else f" ({self.confidence:.0%})"
+        return text if self.p_value is None else f"{text}, p {self.p_value:.3f}"
+
 
 @dataclass(frozen=True)
 class Missing:

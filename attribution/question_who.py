@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 QUESTION = "Who made this answer?"
 NO_AUDIT = Missing(
     "cause: shares are stable under reweighting, not tested by leaving rows out",
-    "an audit of this answer, for small removals; trailmark settle ADAPTER, for what whole contributors are worth",
+    "trailmark audit RECEIPT, for small removals; trailmark settle ADAPTER, for what whole contributors are worth",
 )
 MERGED = "this adapter was merged from others, so no training run of its own says which rows matter"
 

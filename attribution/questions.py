@@ -6,7 +6,7 @@ Evidence of several tiers stands side by side and is never mixed: each finding n
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attribution.answers import Answer, Cost, Finding, Missing, Resampling, Tier, links_of, records_of
 from attribution.evidence import (
@@ -27,6 +27,7 @@ from attribution.evidence import (
     verdict_of,
     version_change,
 )
+from attribution.paid_evidence import newest_statement, paid_details, paid_findings
 from attribution.question_who import ask_who
 from attribution.settled_evidence import (
     DATA_KINDS,
@@ -35,6 +36,7 @@ from attribution.settled_evidence import (
     settled_cost,
     settled_details,
     settled_findings,
+    unit_of,
 )
 from attribution.settlement import Settlement
 from attribution.workflow_effects import recorded_effects
@@ -149,13 +151,14 @@ def ask_value(trail: "Trail", *, resampling: Resampling | None = None) -> Answer
     found = served(trail)
     used = {item.model for item in found}
     settled = newest_settlements(trail, adapters.keys() & used)
-    findings = settled_findings(settled)
+    paid = newest_statement(trail)
+    findings = [*(paid_findings(*paid) if paid else ()), *settled_findings(settled)]
     findings += [finding for item in found for finding in _served_findings(item, found, adapters)]
     findings += _deltas([adapters[item.model] for item in found if item.model in adapters])
     total = sum(item.num_completions for item in found)
     by_base = sum(item.num_completions for item in found if item.is_base)
     summary = f"{total} completions served, {total - by_base} through an adapter, {by_base} by a base alone"
-    missing = [NO_STATEMENT]
+    missing = [] if paid else [NO_STATEMENT]
     if not found:
         missing.insert(0, Missing("no completion is recorded", "trailmark up, then ask the API something"))
     return _answer(
@@ -167,6 +170,7 @@ def ask_value(trail: "Trail", *, resampling: Resampling | None = None) -> Answer
         method="counts of receipts; benchmark deltas as recorded",
         resampling=resampling,
         settled=settled,
+        details={"paid": paid_details(*paid)} if paid else None,
     )
 
 
@@ -191,7 +195,7 @@ def _whole(settled: Sequence[Settlement]) -> Iterator[Finding]:
         gain = one.full_value - one.empty_value
         verdict = "improved" if gain > 0 else "worsened" if gain < 0 else NO_EFFECT
         yield Finding(
-            one.adapter_name, measure, gain, None, None, one.utility, verdict, (one.leaf_hash,),
+            one.adapter_name, measure, gain, None, None, unit_of(one), verdict, (one.leaf_hash,),
             tier="settle", kind="adapter",
         )  # fmt: skip
 
@@ -284,7 +288,7 @@ def _summed(
         return
     leaves = [item.leaf_hash for item in items]
     sums = dataset_scores([scores for _, scores in recorded], dataset_of_examples(trail, adapter), leaves)
-    what = "predicted gain" if tier == "explain" else "exact derivative through the run"
+    what = "predicted gain" if tier == "explain" else "exact derivative (a hint beyond 5 % of the rows)"
     for item in items:
         spread = resampled_mean(sums[item.leaf_hash], **asdict(resampling))
         verdict = NO_EFFECT if not spread.is_distinct else ("helped" if spread.value > 0 else "hindered")
@@ -361,6 +365,7 @@ def _answer(
     resampling: Resampling,
     settled: Sequence[Settlement] = (),
     cost: tuple[Cost, ...] = (),
+    details: dict[str, Any] | None = None,
 ) -> Answer:
     methods = dict.fromkeys(one.method for one in settled)
     return Answer(
@@ -371,7 +376,7 @@ def _answer(
         method="; ".join([*methods, method]),
         confidence=resampling.confidence,
         seed=resampling.seed,
-        details={"settlements": settled_details(settled)} if settled else {},
-        cost=(*settled_cost(settled), *cost),
+        details={**({"settlements": settled_details(trail, settled)} if settled else {}), **(details or {})},
+        cost=(*settled_cost(trail, settled), *cost),
         records=records_of(trail, links_of(findings)),
     )

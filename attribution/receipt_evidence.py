@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
 
 NUM_TOP = 5
+SMALL_SHARE = 0.05
+"""Of the rows; what leaving more out would do is no small removal, so the sum of derivatives is only a hint."""
+INEXACT = "NOT exact"
+"""How an audit's method says that its replay did not end where training did."""
 EXAMPLES_FILE = "examples.parquet"
 
 
@@ -116,35 +120,39 @@ def lineage_findings(trail: "Trail", adapter: str) -> list[Finding]:
 
 
 def audited_findings(trail: "Trail", receipt_id: str, *, names: dict[str, str]) -> list[Finding]:
-    """Return what audits of this receipt found, by contributor: nats by which leaving all their rows out is predicted,
-    to first order, to lower the answer's log-likelihood.
+    """Return what the newest audit of a receipt found, by contributor: nats per token that the answer's loss would rise
+    without their rows, to first order. For more than a few rows at once that is a hint; a replay that was not exact ranks.
     """
-    found = []
-    for entry, body in _influences(trail, receipt_id, audited=True):
-        if not trail.store.has(body.table):
-            continue
-        sums: dict[str, float] = defaultdict(float)
-        for row in trail.get_table(body.table).select(["contributor", "score_micro"]).to_pylist():
-            sums[row["contributor"]] += row["score_micro"] / MICRO
-        for key_id, total in sorted(sums.items(), key=lambda pair: -pair[1]):
-            verdict = "raised the answer's likelihood" if total > 0 else "lowered the answer's likelihood"
-            measure = "exact derivative through the recorded run, summed over their rows"
-            name = names.get(key_id, key_id[:12])
-            found.append(
-                Finding(
-                    name,
-                    measure,
-                    total,
-                    None,
-                    None,
-                    "nats",
-                    verdict,
-                    (entry.leaf_hash,),
-                    tier="audit",
-                    kind="contributor",
-                )
-            )
-    return found
+    recorded = [(entry, body) for entry, body in _influences(trail, receipt_id, audited=True)]
+    if not recorded or not trail.store.has(recorded[-1][1].table):
+        return []
+    entry, body = recorded[-1]
+    sums: dict[str, float] = defaultdict(float)
+    rows = trail.get_table(body.table).select(["contributor", "score_micro"]).to_pylist()
+    count = Counter(row["contributor"] for row in rows)
+    for row in rows:
+        sums[row["contributor"]] += row["score_micro"] / MICRO
+    return [
+        Finding(
+            names.get(key_id, key_id[:12]),
+            "rise of the answer's loss without their rows, by differentiating the recorded run"
+            f", by {count[key_id]} row{'s'[: count[key_id] != 1]}",
+            total,
+            None,
+            None,
+            "nats per token",
+            _audit_verdict(total, count[key_id] / len(rows)),
+            (entry.leaf_hash,),
+            tier="explain" if INEXACT in body.method else "audit",
+            kind="contributor",
+        )
+        for key_id, total in sorted(sums.items(), key=lambda pair: (-pair[1], pair[0]))
+    ]
+
+
+def _audit_verdict(total: float, share_of_rows: float) -> str:
+    verdict = "raised the answer's likelihood" if total > 0 else "lowered the answer's likelihood"
+    return verdict if share_of_rows <= SMALL_SHARE else "a hint: too many rows for a small removal"
 
 
 def recorded_explanation(trail: "Trail", receipt_id: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attribution.answers import PROMISES, Answer, Finding
-from attribution.pages.plots import BarRow, bars, waterfall
+from attribution.pages.plots import BarRow, Part, bars, flow, scatter, waterfall
 
 _FOLDER = Path(__file__).parent
 STYLES = ("site.css", "ask.css")
@@ -35,7 +35,7 @@ def answer_view(answer: Answer) -> dict[str, Any]:
     """Return what the template shows."""
     return {
         "answer": answer,
-        "figures": [*_who_figures(answer), *_bar_figures(answer)],
+        "figures": [*_flow_figures(answer), *_who_figures(answer), *_bar_figures(answer), *_scatter_figures(answer)],
         "verbatim": _verbatim_view(answer.details.get("verbatim")),
         "promises": [(tier, PROMISES[tier]) for tier in answer.tiers],
         "rows": [_row(finding) for finding in answer.findings],
@@ -47,6 +47,33 @@ def answer_view(answer: Answer) -> dict[str, Any]:
 
 def _figure(title: str, tier: str, caption: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"title": title, "tier": tier, "caption": caption, "rows": rows, "svg": ""}
+
+
+def _flow_figures(answer: Answer) -> list[dict[str, Any]]:
+    """Where the fees of the newest statement went."""
+    paid = answer.details.get("paid")
+    if paid is None:
+        return []
+    parts = [
+        Part(part["name"], part["amount"], part["tone"], tuple(map(tuple, part["payees"]))) for part in paid["parts"]
+    ]
+    return [{**_figure("Where the fees went", "settle", paid["note"], []), "svg": flow(parts, unit=paid["unit"])}]
+
+
+def _scatter_figures(answer: Answer) -> list[dict[str, Any]]:
+    """How well the players' values predict each coalition that was trained."""
+    caption = (
+        "Each dot is a coalition that was trained and measured; the fuller it is, the fuller its colour. On the line the "
+        "players' values add up to what it reached; off it, players help or hinder each other."
+    )
+    return [
+        {
+            **_figure(f"Coalitions of {one['adapter_name']} on {one['suite_name']}", "settle", caption, []),
+            "svg": scatter(one["points"]),
+        }
+        for one in answer.details.get("settlements", [])
+        if one["points"]
+    ]
 
 
 def _who_figures(answer: Answer) -> list[dict[str, Any]]:
@@ -95,37 +122,16 @@ def _caption(found: Sequence[Finding]) -> str:
 
 
 def _bar_row(finding: Finding) -> BarRow:
-    return BarRow(finding.subject, finding.value, finding.low, finding.high, tone(finding), value_text(finding))
+    return BarRow(finding.subject, finding.value, finding.low, finding.high, tone(finding), finding.value_text)
 
 
 def _row(finding: Finding) -> dict[str, Any]:
-    return {"finding": finding, "value": value_text(finding), "interval": interval_text(finding), "tone": tone(finding)}
+    return {"finding": finding, "tone": tone(finding)}
 
 
 def tone(finding: Finding) -> str:
     """Return the class of a finding's verdict."""
     return "good" if finding.verdict in GOOD else "bad" if finding.verdict in BAD else "soft"
-
-
-def value_text(finding: Finding) -> str:
-    """Return a finding's number with its unit."""
-    if finding.unit == "of 1" and finding.tier in ("explain", "counted"):
-        return f"{finding.value:.1%}"
-    if finding.tier == "counted":
-        return f"{finding.value:,.0f} {finding.unit}"
-    return f"{finding.value:+.3f}" + ("" if finding.unit == "of 1" else f" {finding.unit}")
-
-
-def interval_text(finding: Finding) -> str:
-    """Return a finding's interval, with its confidence and p-value."""
-    if finding.low is None or finding.high is None:
-        return ""
-    if finding.unit == "of 1" and finding.tier == "explain":
-        text = f"{finding.low:.0%} to {finding.high:.0%}"
-    else:
-        text = f"{finding.low:+.3f} to {finding.high:+.3f}"
-    text += "" if finding.confidence is None else f" ({finding.confidence:.0%})"
-    return text if finding.p_value is None else f"{text}, p {finding.p_value:.3f}"
 
 
 def _verbatim_view(verbatim: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -17,7 +17,6 @@ BAR_WIDTH = 24
 MAX_ROW_CHARS = 110
 NUM_RECORDS = 6
 NUM_PLACES = 3
-COUNTS = frozenset({"rows", "receipts", "tokens", "adapters"})
 GOOD, BAD = frozenset({"improved", "credited", "helped"}), frozenset({"worsened", "hindered"})
 
 
@@ -175,29 +174,12 @@ def findings_table(findings: "Sequence[Finding]") -> Table:
     table = Table("what", "measure", "value", "interval", "verdict", "tier")
     for finding in findings:
         style = "green" if finding.verdict in GOOD else "red" if finding.verdict in BAD else ""
-        p_value = "" if finding.p_value is None else f", p {finding.p_value:.3f}"
         table.add_row(
             escape(finding.subject),
             escape(finding.measure),
-            _value(finding),
-            _interval(finding) + p_value,
+            escape(finding.value_text),
+            finding.interval_text,
             Text(finding.verdict, style=style),
             finding.tier,
         )
     return table
-
-
-def _value(finding: "Finding") -> str:
-    if finding.unit in COUNTS:
-        return f"{finding.value:,.0f} {finding.unit}"
-    if finding.low is None and finding.unit == "of 1":
-        return f"{finding.value:.1%}"
-    unit = "" if finding.unit == "of 1" else f" {finding.unit}"
-    return f"{finding.value:+.3f}{escape(unit)}"
-
-
-def _interval(finding: "Finding") -> str:
-    if finding.low is None or finding.high is None:
-        return ""
-    confidence = "" if finding.confidence is None else f" ({finding.confidence:.0%})"
-    return f"{finding.low:+.3f} to {finding.high:+.3f}{confidence}"
