@@ -37,7 +37,7 @@ from configs.errors import UserError
 from pipelines.refine.read import contributor_entries, load_decisions, load_refined
 from pipelines.refine.table import DECISIONS_FILE, ROWS_FILE, write_table
 from pipelines.refine.why import ExampleError, find_example
-from pipelines.trace_rows import zero_rows
+from pipelines.trace_rows import remove_rows
 
 if TYPE_CHECKING:
     from attribution.trail import Draft, Entry, Trail
@@ -268,10 +268,10 @@ def _rewrite_refined(
 def _rewrite_trace(
     trail: "Trail", leaf: str, digest: str, folder: Path, ids: pa.Array
 ) -> tuple[list[TableRewrite], Artefact]:
-    """Take a row's text and id out of a training trace; its gradients and in-run scores become zeros."""
+    """Take a row's text and id out of a training trace; its gradients and in-run scores go too."""
     shutil.copytree(trail.store.get_directory(digest), folder, dirs_exist_ok=True)
     (folder / "manifest.json").unlink()
-    zero_rows(folder, set(ids.to_pylist()))
+    remove_rows(folder, set(ids.to_pylist()))
     aliases = {row_id: _alias() for row_id in ids.to_pylist()}
     examples, steps = pq.read_table(folder / EXAMPLES_FILE), pq.read_table(folder / STEPS_FILE)
     plain = examples.to_pylist()

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from attribution.erasure import remaining
 from attribution.fsck import check
+from attribution.influence.codec import BLOCK, FactorCodec, GradientCodec
+from attribution.influence.gradient_store import GradientStore
 from attribution.influence.store import Trace
 from attribution.monitor import Violation, watch
 from attribution.monitor_sources import TrailSource
@@ -31,6 +34,7 @@ from tests.pipelines.test_erase import SECRET, World, world
 __all__ = ["world"]
 
 NUM_STEPS, DIM = 1, 6
+STORE = Path("gradients") / "store"
 
 
 @pytest.fixture
@@ -44,6 +48,11 @@ def traced(world: World, tmp_path: Path) -> World:
     (folder / "gradients").mkdir()
     (folder / "gradients" / "meta.json").write_text(json.dumps({"steps": [1], "modules": [], "dim": DIM}))
     np.save(folder / "gradients" / "1.npy", np.arange(1, 1 + num_rows * DIM, dtype=np.float16).reshape(num_rows, DIM))
+    factor = FactorCodec("q.lora_A", torch.eye(2), torch.eye(BLOCK), torch.ones(2, BLOCK), torch.arange(BLOCK))
+    codec = GradientCodec("identity", (factor,), torch.arange(BLOCK), 1.0)
+    store = GradientStore.create(folder / STORE, {"1": codec})
+    ids = pq.read_table(folder / "examples.parquet").column("example_id").to_pylist()
+    store.append(ids, {"1": np.ones((num_rows, store.dim("1")), dtype=np.float32)})
     (folder / "in_run").mkdir()
     np.save(folder / "in_run" / "steps.npy", np.ones((NUM_STEPS, 2, num_rows, 2), dtype=np.float32))
     trace = trail.store.put_directory(folder, kind="trace", meta={})
@@ -85,6 +94,8 @@ def test_content_gradients_scores_and_words_go(traced: World) -> None:
     left, after = trace_now(traced)
     assert left != digest and not trail.store.has(digest) and not list((trail.home / FOLDER).glob("*.npz"))
     assert not np.any(after.gradients(1)[row]) and np.array_equal(after.gradients(1)[kept], gradients[kept])
+    held = GradientStore(after.path / STORE)
+    assert row_id not in held.ids() and held.num_examples == len(kept)
     scores = np.load(after.path / "in_run" / "steps.npy")
     assert not np.any(scores[0, :, row]) and np.all(scores[0, :, kept] == 1)
     assert find_spans(trail.home, after, left, f"They say {SECRET}!") == ()
