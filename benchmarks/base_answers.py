@@ -19,7 +19,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -203,9 +203,15 @@ def rows_of(style: str) -> tuple[Row, ...]:
     )
 
 
-def measure(folder: Path, adapters: Sequence[tuple[str, int]]) -> list[Asked]:
-    """Train each adapter, answer every query with it and with the base, and explain each answer."""
-    base = build_tiny_base(folder / "base")
+def measure(
+    folder: Path,
+    adapters: Sequence[tuple[str, int]],
+    *,
+    base: Path | None = None,
+    ask: Callable[[str], list[Query]] = queries_of,
+) -> list[Asked]:
+    """Train each adapter, answer what `ask` asks its style with it and with the base, and explain each answer."""
+    base = base or build_tiny_base(folder / "base")
     trail = Trail.open(folder / "home")
     base_digest = trail.store.put_directory(base, kind="base_model", meta={})
     models, settings = AdapterModels(), ExplainSettings.of(AttributionSettings())
@@ -213,7 +219,7 @@ def measure(folder: Path, adapters: Sequence[tuple[str, int]]) -> list[Asked]:
     for number, (style, seed) in enumerate(adapters):
         planted = plant(base, folder / f"adapter-{number}", rows=rows_of(style), seed=seed)
         adapter = record_adapter(trail, planted, base_digest)
-        queries = queries_of(style)
+        queries = ask(style)
         answers = answers_of(planted, queries)
         ids = receipt(trail, queries, answers, base=base_digest, adapter=adapter)
         for query, (prompt, output, alone), receipt_id in zip(queries, answers, ids, strict=True):
