@@ -20,6 +20,7 @@ from attribution.receipts import StoredReceipt, find_receipt, new_receipt_id, re
 from attribution.trail import Trail
 from configs.schema import ServeSettings
 from serve_apps.apikeys import ANONYMOUS, ApiKeys, Principal, keys_path
+from serve_apps.ask import AskApi
 from serve_apps.calls import Answer, Call, Piece
 from serve_apps.catalogue import Catalogue
 from serve_apps.choices import IndexedPiece, complete_all, split, stream_all
@@ -95,6 +96,13 @@ class Gateway:
         self._trail, self._settings, self._backend = trail, settings, backend
         self._keys = ApiKeys(keys_path(trail.home))
         self.lineage = LineageApi(trail, authenticate=self.principal)
+        self.ask = AskApi(
+            trail,
+            authenticate=self.principal,
+            receipt_state=self._receipt_state,
+            explain=lambda receipt_id: backend.explain(receipt_id),
+            timeout_s=settings.attribution_timeout_s,
+        )
         self._spool = Spool(trail.home / "run" / "spool")
         self._catalogue = Catalogue(
             trail, base_name=base.name, base_digest=base.digest, started_s=now_us() // 1_000_000
@@ -398,6 +406,7 @@ def build_http(gateway: Gateway) -> FastAPI:
         return await gateway.attribution(request, receipt_id)
 
     gateway.lineage.add_routes(app)
+    gateway.ask.add_routes(app)
     add_error_forms(app)
     return app
 

@@ -140,7 +140,10 @@ def explain(log: ExampleLog, receipt_id: str, shares: dict[str, tuple[float, flo
     top = tuple(
         Share(log.keys[name].key_id, *(round(value * SECOND_US) for value in values)) for name, values in shares.items()
     )
-    table = log.trail.put_table(pyarrow.table({"example_id": ["a"], "score": [0.5]}))
+    key_ids = [log.keys[name].key_id for name in shares]
+    columns = {"example_id": [f"{key[:8]}-0" for key in key_ids], "contributor": key_ids}
+    scores = [round(value * SECOND_US) for value, _, _ in shares.values()]
+    table = log.trail.put_table(pyarrow.table({**columns, "score_micro": scores}))
     leaf = log.completions[0].leaf_hash
     entry = log.trail.record(
         "influence",

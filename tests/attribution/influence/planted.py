@@ -71,16 +71,16 @@ def planted_rows() -> tuple[Row, ...]:
     return (*facts, Row("c-0", NOISE, conversation("How many legs has a spider?", "eight blue Tokyo help")))
 
 
-def plant(base: Path, folder: Path) -> Planted:
+def plant(base: Path, folder: Path, *, rows: tuple[Row, ...] | None = None, seed: int = SEED) -> Planted:
     """Train for seconds with a plain loop and write adapter and trace under `folder`."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=list(LINEAR_MODULES))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    rows = planted_rows()
+    rows = planted_rows() if rows is None else rows
     encoded = [encode_example(tokenizer, row.messages, max_length=64) for row in rows]
     trace = folder / "trace"
-    rates = _train(model, encoded, trace, rows)
+    rates = _train(model, encoded, trace, rows, seed)
     _write_gradients(model, encoded, trace, rates)
     _write_examples(trace, rows, encoded)
     adapter = folder / "adapter"
@@ -88,10 +88,10 @@ def plant(base: Path, folder: Path) -> Planted:
     return Planted(base, adapter, trace, rows)
 
 
-def _train(model: PeftModel, encoded: list, trace: Path, rows: tuple[Row, ...]) -> dict[int, float]:
+def _train(model: PeftModel, encoded: list, trace: Path, rows: tuple[Row, ...], seed: int) -> dict[int, float]:
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     steps, order = [], []
     model.train()
     for step in range(1, NUM_STEPS + 1):
