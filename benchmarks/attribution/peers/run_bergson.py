@@ -184,7 +184,7 @@ if __name__ == "__main__":
             "bergson EK-FAC, damping 0.1": ekfac(0.1),
             "bergson EK-FAC, damping 0.01": ekfac(0.01),
             "bergson TrackStar, dim 16": trackstar_method(projection_dim=16, mix=True),
-            "bergson TrackStar, dim 64": trackstar_method(projection_dim=64, mix=False),
+            "bergson TrackStar, dim 32, unmixed": trackstar_method(projection_dim=32, mix=False),
             "bergson MAGIC": magic,
         },
     )

@@ -155,7 +155,8 @@ def adamw_influence(lab: LabFiles, folder: Path) -> Method:
     with clock.phase("query"):
         score = attributor.attribute_from_cache(train, test, propagation="test", loss_reduction="mean")
     num_bytes = folder_bytes(Path(train))
-    found = matrix(score, rows, queries)
+    # Its scores are the loss's: negative where the row helps.
+    found = -matrix(score, rows, queries)
     return Method(found, clock["build"], clock["query"] / len(queries), num_bytes / len(rows), "audit", {})
 
 
