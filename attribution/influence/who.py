@@ -21,6 +21,7 @@ from attribution.influence.scores import (
     split_shares,
     sum_by_contributor,
 )
+from attribution.influence.rows import StoreRows, TraceRows, rows_of
 from attribution.influence.store import Trace
 from configs.errors import UserError
 
@@ -76,8 +77,12 @@ class _Subject:
 class _Scored:
     """Everything the gradients said: parts [checkpoint, token group, example]."""
 
-    trace: Trace
+    rows: TraceRows | StoreRows
     parts: "NDArray[np.float64]"
+
+    @property
+    def trace(self) -> Trace:
+        return self.rows.trace
 
 
 def explain(
@@ -210,8 +215,9 @@ def _score(
     trail: "Trail", subject: _Subject, settings: ExplainSettings, models: "AdapterModels", trace: Trace
 ) -> _Scored:
     base, adapter = (models.folder(trail.store, subject.receipt[key]) for key in ("base", "adapter"))
-    query = models.features(subject.completion, trace, base=base, adapter=adapter, num_groups=settings.num_token_groups)
-    return _Scored(trace, score_parts(query, trace, normalise=settings.normalise))
+    rows = rows_of(trace, verify=False)  # the store verified the trace's folder when it was opened
+    query = models.features(subject.completion, rows, base=base, adapter=adapter, num_groups=settings.num_token_groups)
+    return _Scored(rows, score_parts(query, rows, normalise=settings.normalise))
 
 
 def _credited(
@@ -301,9 +307,8 @@ def _name(names: dict[str, str], key_id: str) -> str:
 
 def _method(scored: _Scored, settings: ExplainSettings) -> str:
     num_checkpoints, num_groups, _ = scored.parts.shape
-    preconditioner = "Adam-preconditioned" if scored.trace.is_preconditioned else "plain"
     return (
-        f"tracin-lora/v1: {num_checkpoints} checkpoints, {preconditioner}, projected to {scored.trace.projection_dim}, "
+        f"tracin-lora/v1: {num_checkpoints} checkpoints, {scored.rows.description}, "
         f"weighted by the recorded batches, normalise={settings.normalise}; "
         f"Dirichlet bootstrap x{settings.num_bootstrap} over checkpoints and {num_groups} token groups"
     )
