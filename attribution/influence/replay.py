@@ -93,6 +93,14 @@ class LoraRun:
     def num_steps(self) -> int:
         return len(self.recipe.steps)
 
+    def rows_of(self, step: int) -> Tensor:
+        """Return int64 [k]: the examples of a step's batch."""
+        return self._rows[step]
+
+    def divisor_of(self, step: int) -> int:
+        """Return the target tokens of a step's whole batch."""
+        return self._divisors[step]
+
     def initial(self) -> RunState:
         """Return the state before the first step, [p]."""
         return RunState.start(self._first.detach().clone())
