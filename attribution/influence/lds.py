@@ -71,9 +71,7 @@ def lds(
     return rank_agreement(kept.astype(np.float64) @ tau.T, outcome, resamples=resamples, confidence=confidence)
 
 
-def rank_agreement(
-    predicted: Floats, gains: Floats, *, resamples: Resamples, confidence: float = 0.95
-) -> Lds:
+def rank_agreement(predicted: Floats, gains: Floats, *, resamples: Resamples, confidence: float = 0.95) -> Lds:
     """Return the mean over queries of the rank correlation of two tables [m, q]. Between two banks of the same subsets
     under different data orders this is the noise ceiling's square: no method that ignores the order can be expected to
     do better than its root."""
@@ -99,7 +97,7 @@ def mean_over_banks(found: "list[Lds]", *, confidence: float = 0.95) -> Lds:
 
 
 def weighted_spearman(x: Floats, y: Floats, weights: Floats) -> Floats:
-    """Return [d]: Spearman's correlation of x and y [m], item j counted weights[:, j] times; ties share their mean rank.
+    """Return [d]: Spearman's correlation of x and y [m], item j taken weights[:, j] times; ties share their mean rank.
 
     The ranks are those within the resample: an item taken thrice is three equal items.
     """

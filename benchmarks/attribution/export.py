@@ -1,9 +1,9 @@
 """A lab as files, for libraries that live in another environment: model, checkpoints with Adam's moments, data, steps.
 
-    base/                                  Hugging Face folder
-    first/  checkpoints/<k>/               PEFT adapter folders; the latter with exp_avg and exp_avg_sq
-    data.npz                               row_ids row_labels query_ids query_labels, steps [s, rows], lr [s]
-    lab.json                               seed, digest, settings, the step of each checkpoint
+base/                                  Hugging Face folder
+first/  checkpoints/<k>/               PEFT adapter folders; the latter with exp_avg and exp_avg_sq
+data.npz                               row_ids row_labels query_ids query_labels, steps [s, rows], lr [s]
+lab.json                               seed, digest, settings, the step of each checkpoint
 """
 
 import json

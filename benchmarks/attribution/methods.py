@@ -127,6 +127,14 @@ def checkpoint_rates(lab: Lab) -> list[float]:
     return [float(rates[nearest == number].sum()) for number in range(len(steps))]
 
 
+def epoch_cpu_s(lab: Lab) -> float:
+    """Return the CPU seconds of one epoch of the recorded run, run alone."""
+    run = lab.base_run
+    began = process_time()
+    run.run()
+    return (process_time() - began) / lab.train.epochs
+
+
 def own_pass_cpu_s(lab: Lab) -> float:
     """Return the CPU seconds of one query's own forward and backward."""
     began = process_time()

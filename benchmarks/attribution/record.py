@@ -18,7 +18,7 @@ from benchmarks.attribution.methods import Found
 HERE = Path(__file__).resolve().parent
 RECORD_FILE = HERE / "recorded" / "peers.npz"
 PEERS_PYTHON = HERE.parent.parent / ".peers" / "bin" / "python"
-RUNNERS = ("run_dattri.py", "run_bergson.py", "run_kronfluence.py", "run_trak.py")
+RUNNERS = ("run_dattri.py", "run_bergson.py", "run_magic.py", "run_kronfluence.py", "run_trak.py")
 HOW_TO_GET_PEERS = "run `make peers` (2 GB in .peers/, some minutes), or leave it to the recorded scores (--quick)"
 
 
@@ -83,9 +83,7 @@ def _run(runner: str, lab_folder: Path, out: Path) -> None:
 def _read(file: Path) -> Record:
     with np.load(file) as stored:
         facts = json.loads(str(stored["facts"]))
-        found = {
-            name: Found(scores=stored[name].astype(np.float64), **cost) for name, cost in facts["costs"].items()
-        }
+        found = {name: Found(scores=stored[name].astype(np.float64), **cost) for name, cost in facts["costs"].items()}
     return Record(facts["digest"], facts.get("subsets", {}), found)
 
 

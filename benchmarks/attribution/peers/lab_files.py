@@ -93,7 +93,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def run_all(package: str, methods: dict[str, Callable[[LabFiles], Method]]) -> None:
-    """Run the chosen methods (all, or those named after OUT.npz) and write the file; one that fails ends the program."""
+    """Run the chosen methods (all, or those named after OUT.npz) and write the file; one failure ends the program."""
     torch.set_num_threads(1)
     lab, out = LabFiles(Path(sys.argv[1])), Path(sys.argv[2])
     wanted = sys.argv[3:] or list(methods)

@@ -145,7 +145,8 @@ def adamw_influence(lab: LabFiles, folder: Path) -> Method:
     place[_drawn_order(len(order))] = order
     ordered = Rows(lab.row_ids[place], lab.row_labels[place])
     GradientStreamer._create_optimizer_and_scheduler = _with_rates(lab)  # type: ignore[method-assign]
-    args = arguments(folder, learning_rate=lab.train["learning_rate"], max_grad_norm=lab.train["max_grad_norm"], data_seed=DATA_SEED)
+    rates = {name: lab.train[name] for name in ("learning_rate", "max_grad_norm")}
+    args = arguments(folder, data_seed=DATA_SEED, **rates)
     task = AttributionTask(functools.partial(loss, reduction="mean"), lab.model(None))
     attributor = AdamWInfluenceAttributor(args, task=task)
     clock = Clock()
