@@ -26,7 +26,7 @@ from benchmarks.attribution.banks import DROPS, Bank, Plan, announce, make_bank,
 from benchmarks.attribution.lab import Lab, LabSettings
 from benchmarks.attribution.methods import BASELINES, Found, epoch_cpu_s, own_pass_cpu_s
 from benchmarks.attribution.ours import AUDIT, EXPLAIN, OURS
-from benchmarks.attribution.record import read_record, run_peers, write_record
+from benchmarks.attribution.record import PEERS, read_record, run_peers, write_record
 from benchmarks.gpu_check import Figure
 
 CACHE = Path("build/attribution_lds")
@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--plot", type=Path, help="draw a PNG")
     options.add_argument("--seeds", type=int, default=3, help="how many (full form)")
     options.add_argument("--subsets", type=int, default=100, help="retrains per bank (full form)")
+    options.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="which peers (full form)")
     options.add_argument("--record", action="store_true", help="run the peers on the quick form and keep their scores")
     options.add_argument("--cache", type=Path, default=CACHE, help="retrains and peers' scores by digest")
     return options
@@ -201,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(*announce(lab, plans), sep="\n", flush=True)
         if options.record:
             write_record(lab, plans, run_peers(lab, cache=options.cache))
-        peers = read_record(lab, plans) if quick else run_peers(lab, cache=options.cache)
+        peers = read_record(lab, plans) if quick else run_peers(lab, cache=options.cache, peers=options.peers)
         results.append(measure(lab, plans, peers, cache=options.cache))
     return _report(results, options)
 

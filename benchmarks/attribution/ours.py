@@ -1,6 +1,7 @@
 """Our tiers on a lab, through the product's own code: the gradient store of the explain tier, the audit's sweep."""
 
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from time import process_time
@@ -13,6 +14,7 @@ from attribution.influence.build import View, build_store
 from attribution.influence.ekfac import CodecSettings
 from attribution.influence.factors import LoraFactors, set_factor_weights
 from attribution.influence.gradient_store import GradientStore
+from attribution.influence.gradients import Encoded, adam_scale, scale_of
 from attribution.influence.topk import Asked, top_examples
 from attribution.influence.unrolled import unrolled_scores
 from benchmarks.attribution.export import unflat
@@ -90,6 +92,41 @@ def _questions(
     return np.stack(parts * (len(views) if ask_last else 1)), seconds
 
 
+def in_run(*, every: int, adam: bool) -> Method:
+    """Return in-run first-order scores, the queries' gradients taken anew every so many steps.
+
+    The recorder takes the rows' gradients out of the training pass itself; here they are computed beside it, which
+    gives the same numbers, so no cost is told.
+    """
+
+    def run(lab: Lab) -> Found:
+        model = lab.model()
+        factors, replay = LoraFactors(model), lab.base_run
+        state, total = replay.initial(), np.zeros((len(lab.queries), len(lab.examples)))
+        asked: dict[str, torch.Tensor] = {}
+        for number, step in enumerate(replay.recipe.steps):
+            set_factor_weights(factors, unflat(model, state.weights))
+            with replay.lora.attached():
+                state = replay.advance(state, number)
+            if number % every == 0:
+                asked = _flat(factors, lab.queries)
+            rows = _flat(factors, [lab.examples[row] for row in step.rows])
+            moments = adam_scale(unflat(model, state.exp_avg_sq)) if adam else None
+            correction = (1 - replay.recipe.beta2 ** (number + 1)) ** 0.5 if adam else 1.0
+            for name, queries in asked.items():
+                scaled = queries if moments is None else queries * scale_of(moments, name, queries) ** 2
+                dots = scaled.flatten(1) @ rows[name].flatten(1).T
+                total[:, list(step.rows)] += step.lr * correction * dots.double().numpy()
+        return Found(total, "in-run", settings={"every": every, "adam": adam})
+
+    return run
+
+
+def _flat(factors: LoraFactors, data: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Return each factor's gradients [n, r, l] of some examples."""
+    return {name: pair.gradient().detach() for name, pair in factors.pairs(data).items()}
+
+
 def exposure(lab: Lab) -> NDArray[np.float64]:
     """Return [n, c]: the summed rates of the steps that a row was in, each lent to the nearest checkpoint."""
     steps = np.array([state.step for state in lab.checkpoints])
@@ -113,5 +150,8 @@ OURS: dict[str, Method] = {
     ),
     "explain: 2,048 numbers": store_method(CodecSettings(dim=2048, basis_dim=64, damping=0.01)),
     "explain: identity": store_method(CodecSettings("identity", dim=8192, basis_dim=160)),
+    "in-run: SGD": in_run(every=1, adam=False),
+    "in-run: Adam": in_run(every=1, adam=True),
+    "in-run: Adam, every 8 steps": in_run(every=8, adam=True),
     AUDIT: audit,
 }

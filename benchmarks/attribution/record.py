@@ -18,7 +18,8 @@ from benchmarks.attribution.methods import Found
 HERE = Path(__file__).resolve().parent
 RECORD_FILE = HERE / "recorded" / "peers.npz"
 PEERS_PYTHON = HERE.parent.parent / ".peers" / "bin" / "python"
-RUNNERS = ("run_dattri.py", "run_bergson.py", "run_magic.py", "run_kronfluence.py", "run_trak.py")
+PEERS = ("dattri", "bergson", "magic", "kronfluence", "trak")
+"""Runners in peers/, by name; "magic" is bergson's and takes minutes a seed."""
 HOW_TO_GET_PEERS = "run `make peers` (2 GB in .peers/, some minutes), or leave it to the recorded scores (--quick)"
 
 
@@ -35,14 +36,14 @@ class Record:
     found: dict[str, Found]
 
 
-def run_peers(lab: Lab, *, cache: Path) -> dict[str, Found]:
-    """Return every peer's scores on a lab; runs those that the cache does not have. Raises RecordError."""
+def run_peers(lab: Lab, *, cache: Path, peers: Sequence[str] = PEERS) -> dict[str, Found]:
+    """Return peers' scores on a lab; runs those that the cache does not have. Raises RecordError."""
     folder = cache / lab.digest[:16]
     results: dict[str, Found] = {}
-    for runner in RUNNERS:
-        out = folder / "peers" / f"{Path(runner).stem}.npz"
+    for peer in peers:
+        out = folder / "peers" / f"run_{peer}.npz"
         if not out.exists():
-            _run(runner, export(lab, folder / "lab"), out)
+            _run(f"run_{peer}.py", export(lab, folder / "lab"), out)
         results |= _read(out).found
     return results
 
