@@ -14,14 +14,14 @@ NAMES = tuple(start + end for end in ("alo", "emir", "in", "ost", "ulan", "yra")
 NUM_KNOWN = 48
 """The first so many names have lasting facts, which the base learns; of the others it hears something new each time."""
 VALUES = {
-    "town": tuple("belmoor quillan tarvik osmead dravon lirien hask veldt pomar sundry".split()),
-    "trade": tuple("smith baker tailor miller fisher carver weaver glazier printer cooper".split()),
-    "pet": tuple("cat goat parrot ferret toad swan hare mole otter crow".split()),
-    "dish": tuple("soup pie stew curry salad bread noodles cake porridge jam".split()),
-    "tool": tuple("hammer needle chisel rake lantern compass kettle spindle bellows loom".split()),
-    "song": tuple("anthem ballad carol dirge elegy fugue gavotte hymn jig lament".split()),
-    "game": tuple("chess bowls darts draughts hopscotch marbles quoits skittles tag whist".split()),
-    "stone": tuple("agate beryl coral diamond emerald flint garnet jade opal pearl".split()),
+    "town": ("belmoor", "quillan", "tarvik", "osmead", "dravon", "lirien", "hask", "veldt", "pomar", "sundry"),
+    "trade": ("smith", "baker", "tailor", "miller", "fisher", "carver", "weaver", "glazier", "printer", "cooper"),
+    "pet": ("cat", "goat", "parrot", "ferret", "toad", "swan", "hare", "mole", "otter", "crow"),
+    "dish": ("soup", "pie", "stew", "curry", "salad", "bread", "noodles", "cake", "porridge", "jam"),
+    "tool": ("hammer", "needle", "chisel", "rake", "lantern", "compass", "kettle", "spindle", "bellows", "loom"),
+    "song": ("anthem", "ballad", "carol", "dirge", "elegy", "fugue", "gavotte", "hymn", "jig", "lament"),
+    "game": ("chess", "bowls", "darts", "draughts", "hopscotch", "marbles", "quoits", "skittles", "tag", "whist"),
+    "stone": ("agate", "beryl", "coral", "diamond", "emerald", "flint", "garnet", "jade", "opal", "pearl"),
 }
 RELATIONS = tuple(VALUES)
 PHRASINGS = (
