@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from attribution.bodies import AdapterLoadedBody, Body
+from attribution.group_commit import GroupCommit
 from attribution.influence.who import ExplainSettings, explain
 from attribution.receipts import ReceiptRow, append_once
 from attribution.records import Artefact
-from attribution.trail import Trail
+from attribution.trail import MAX_GROUP, Draft, Trail
 from configs.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,11 +118,41 @@ class LogWriter:
         """Record anything; `fields` are those of `Trail.record`. Returns the leaf hash."""
         return self._trail.record(kind, body, **fields).leaf_hash
 
+    def append_each(self, drafts: Sequence[Draft]) -> list[str | Exception]:
+        """Record several callers' drafts in one commit; return for each its leaf hash, or the error that is its own."""
+        outcomes = self._trail.record_each([[draft] for draft in drafts])
+        return [item if isinstance(item, Exception) else item[0].leaf_hash for item in outcomes]
+
     def loaded_modules(self) -> list[str]:
         """Return the names of the packages this process has imported, for whoever checks that torch is none."""
         import sys
 
         return sorted({name.partition(".")[0] for name in sys.modules})
+
+
+class LogClient:
+    """Appends through the log writer for all threads of a process: calls that wait at once go in one message."""
+
+    def __init__(self) -> None:
+        self._calls: GroupCommit[Draft, str] = GroupCommit(self._send, max_requests=MAX_GROUP)
+        self._writer: Any = None
+
+    def append(self, kind: str, body: Body, **fields: Any) -> str:
+        """As `LogWriter.append`: return the leaf hash of a record, durable.
+
+        Raises what the writer raised for this record, RayError when it died with the call (the record may be in the
+        log), ValueError when none runs.
+        """
+        return self._calls.submit(Draft(kind, body, **fields))
+
+    def _send(self, drafts: Sequence[Draft]) -> Sequence[str | Exception]:
+        self._writer = self._writer or log_writer()
+        try:
+            outcomes: list[str | Exception] = ray.get(self._writer.append_each.remote(list(drafts)))
+        except ray.exceptions.RayError:
+            self._writer = None  # one that was started under the name since is found by it
+            raise
+        return outcomes
 
 
 class Scorer:
