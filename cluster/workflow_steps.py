@@ -167,17 +167,24 @@ def _for_refine(trail: "Trail", task: Task) -> Ingredients:
 
 def _for_train(trail: "Trail", task: Task) -> Ingredients:
     from pipelines.base_model import known_base
+    from pipelines.train.queries import artefact_of
 
     section = task.settings.train
     base = known_base(trail, task.base) or ""
-    return Ingredients((task.input("dataset"),), trail.run_config(section), section.seed, base)
+    queried = [artefact_of(trail, reference) for reference in section.query_sets]
+    # As the record says it: by digest.
+    config = trail.run_config(section.model_copy(update={"query_sets": tuple(found.digest for found in queried)}))
+    return Ingredients((task.input("dataset"), *queried), config, section.seed, base)
 
 
 def _check_train(trail: "Trail", task: Task) -> None:
     from pipelines.base_model import known_base
+    from pipelines.train.queries import artefact_of
 
     _check_name(trail, task)
     known_base(trail, task.base)
+    for reference in task.settings.train.query_sets:
+        artefact_of(trail, reference)
 
 
 def _import_base(trail: "Trail", task: Task) -> None:
@@ -278,7 +285,7 @@ def named_artefact(trail: "Trail", value: str, kind: str) -> Artefact:
         UserError: nothing of that name, or of that kind, is recorded.
     """
     if kind == "refined":
-        from pipelines.train.driver import resolve_refined
+        from pipelines.train.refined import resolve_refined
 
         return resolve_refined(trail, value).artefact
     if kind == "adapter":

@@ -73,7 +73,21 @@ class TrainSettings(Section):
     zero_stage: Literal[1, 2, 3] = 2
     use_gpu: bool = Field(False, description="a GPU for each worker; else CPU workers over gloo")
     gpu_share: float = Field(1.0, gt=0, le=1, description="of a GPU per worker; under 1 leaves room for a replica")
-    num_checkpoints: int = Field(3, ge=1, description="checkpoints kept for attribution, evenly spaced")
+    num_checkpoints: int = Field(3, ge=1, description="checkpoints with a gradient of every example, evenly spaced")
+    num_states: int | None = Field(
+        None,
+        ge=1,
+        description="states kept for replay, 12 bytes a trained parameter each; null: sqrt(steps)",
+    )
+    query_sets: tuple[str, ...] = Field(
+        (), description="suite files or refined datasets whose loss every example is scored against while it trains"
+    )
+    in_run_refresh_steps: int | None = Field(
+        None, ge=1, description="steps between a query set's gradients; null: as often as 7 % of the tokens allow"
+    )
+    in_run_per_query: bool = Field(False, description="scores for each query of a set, not for the set as a whole")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="`eager`: written out, differentiable twice")
+    deterministic: bool = Field(False, description="refuse operations whose result may differ from run to run")
     max_failures: int = Field(2, ge=0, description="worker failures survived before the run fails (Ray's default is 0)")
     gradient_projection_dim: int = Field(16, ge=1, description="projected length of each module's long side")
     threads_per_worker: int = Field(1, ge=1)

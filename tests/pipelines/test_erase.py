@@ -25,12 +25,12 @@ from attribution.trail import Entry, Trail
 from configs.schema import RefineSettings
 from pipelines import erase as pipeline
 from pipelines.contribute import add_contributor, contribute
-from pipelines.erase import erase, plan
+from pipelines.erase import EXAMPLES_FILE, erase, plan
 from pipelines.refine import driver
 from pipelines.refine.read import contributions, load_decisions, load_refined
 from pipelines.refine.why import ExampleError, find_example
 from pipelines.train.data import EXAMPLES_SCHEMA
-from pipelines.train.driver import resolve_refined
+from pipelines.train.refined import resolve_refined
 from pipelines.train.trace import STEPS_SCHEMA
 from tests.attribution.story import receipt_row, tell
 
@@ -108,7 +108,7 @@ def _train(trail: Trail, refinement: Entry, folder: Path) -> Entry:
     examples = [
         dict.fromkeys(EXAMPLES_SCHEMA.names, None)
         | {"row": number, "example_id": row["example_id"], "contributor": row["contributor"], "num_target_tokens": 3}
-        | {"text": row["messages"][1]["content"]}
+        | {"text": row["messages"][1]["content"], "input_ids": [7, number], "labels": [-100, number]}
         for number, row in enumerate(rows)
     ]
     pq.write_table(pa.Table.from_pylist(examples, schema=EXAMPLES_SCHEMA), trace_folder / "examples.parquet")
@@ -135,6 +135,9 @@ def test_a_row_goes_from_every_table_and_every_proof_stays(world: World) -> None
     assert not world.holds(SECRET) and not world.holds(row_id)
     assert world.holds("Corin Pell") and world.holds("At nine.")
     assert len(before) + 1 == len([world.verify(entry) for entry in trail.entries()])
+    trace = trail.store.get_directory(remaining(trail, world.adapter.record.body.trace))  # type: ignore[union-attr]
+    left = {row["text"]: (row["input_ids"], row["labels"]) for row in pq.read_table(trace / EXAMPLES_FILE).to_pylist()}
+    assert left.pop("") == ([], []) and all(len(ids) == 2 for ids, _ in left.values())
     told = world.verify(world.adapter).checks
     assert any("1 rows of dataset" in check and "she asked" in check for check in told), told
     assert redaction.record.body.lines == (1,)  # type: ignore[union-attr]

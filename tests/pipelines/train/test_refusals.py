@@ -7,7 +7,8 @@ import pytest
 from attribution.trail import Trail
 from configs.schema import TrainSettings
 from pipelines.publish import PublishError
-from pipelines.train.driver import TrainError, train
+from pipelines.train.driver import train
+from pipelines.train.refined import TrainError
 from pipelines.train.trace import AttemptStarted
 from tests.pipelines.train.refined import add_refined
 
