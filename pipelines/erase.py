@@ -5,7 +5,7 @@ What weights learnt from a row is not undone here: `Erasing.descendants` names w
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -264,10 +264,7 @@ def _rewrite_refined(
 def _rewrite_trace(
     trail: "Trail", leaf: str, digest: str, folder: Path, ids: pa.Array
 ) -> tuple[list[TableRewrite], Artefact]:
-    """Take a row's text, tokens, id and stored gradients out of a training trace.
-
-    The tables of float16 gradients that older traces have keep theirs, under an id of no meaning.
-    """
+    """Take a row's text, tokens and id out of a training trace; its gradients stay, under an id of no meaning."""
     shutil.copytree(trail.store.get_directory(digest), folder, dirs_exist_ok=True)
     (folder / "manifest.json").unlink()
     aliases = {row_id: _alias() for row_id in ids.to_pylist()}
@@ -282,21 +279,10 @@ def _rewrite_trace(
     for step in taken:
         step["example_ids"] = [aliases.get(row_id, row_id) for row_id in step["example_ids"]]
     pq.write_table(pa.Table.from_pylist(taken, schema=steps.schema), folder / STEPS_FILE)
-    forget_gradients(folder, list(aliases))
     manifest = trail.store.manifest(digest)
     after = trail.store.put_directory(folder, kind=manifest.kind, meta=manifest.meta)
     left = sum(row["text"] != "" for row in plain)
     return [TableRewrite("trace", leaf, digest, after, left)], Artefact("trace", _name_of(trail, leaf), after)
-
-
-def forget_gradients(trace_folder: Path, row_ids: Sequence[str]) -> None:
-    """Delete rows from a trace's gradient store, bytes and all; a trace without a store has nothing to delete."""
-    from attribution.influence.gradient_store import GradientStore
-    from attribution.influence.rows import STORE_FOLDER
-
-    if (trace_folder / STORE_FOLDER).is_dir():
-        store = GradientStore(trace_folder / STORE_FOLDER)
-        store.delete([row_id for row_id in row_ids if row_id in set(store.ids())], compact=True)
 
 
 def _alias() -> str:

@@ -6,18 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from attribution import erasure
 from attribution.bodies import AdapterBody, BaseModelBody, PublicationBody, RowRedactionBody
 from attribution.erasure import ErasureError, finish_erasures, remaining
-from attribution.influence.codec import FactorCodec, GradientCodec
-from attribution.influence.gradient_store import GradientStore
-from attribution.influence.rows import STORE_FOLDER
 from attribution.lineage import Lineage, label_of, record_bundle
 from attribution.log.trust import Trust
 from attribution.log.verify import Verified, verify_bytes
@@ -30,7 +25,7 @@ from attribution.trail import Entry, Trail
 from configs.schema import RefineSettings
 from pipelines import erase as pipeline
 from pipelines.contribute import add_contributor, contribute
-from pipelines.erase import EXAMPLES_FILE, erase, forget_gradients, plan
+from pipelines.erase import EXAMPLES_FILE, erase, plan
 from pipelines.refine import driver
 from pipelines.refine.read import contributions, load_decisions, load_refined
 from pipelines.refine.why import ExampleError, find_example
@@ -298,24 +293,3 @@ def test_erasing_twice_records_once(world: World) -> None:
     assert erasure.removal_of(trail, [leaf]).leaves == ()
     assert isinstance(trail.notices()[0].record.body, RowRedactionBody)  # type: ignore[union-attr]
     assert pipeline.plan(trail, leaf).tables == ()
-
-
-def test_gradients_of_erased_rows_go_from_a_trace(tmp_path: Path) -> None:
-    """In a copy of a stored, read-only trace, as erasing makes one."""
-    codec = GradientCodec(
-        "identity",
-        (FactorCodec("q.lora_A", torch.eye(1), torch.eye(64), torch.ones(1, 64), torch.arange(64)),),
-        torch.arange(64),
-        1.0,
-    )
-    store = GradientStore.create(tmp_path / "trace" / STORE_FOLDER, {"1": codec})
-    rows = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
-    store.append(["a", "b", "c"], {"1": rows})
-    doomed = store.shards[0].rows("1").codes[1].tobytes()
-    for file in store.path.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o444)
-    forget_gradients(tmp_path / "trace", ["b", "never-trained-on"])
-    left = GradientStore(store.path)
-    assert left.ids() == ("a", "c")
-    assert not any(doomed in file.read_bytes() for file in store.path.rglob("*") if file.is_file())
-    forget_gradients(tmp_path, ["a"])  # a trace without a store
