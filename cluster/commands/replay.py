@@ -38,7 +38,7 @@ def replay(
 
     settings = load_settings(config)
     trail = Trail.open(create=False)
-    entry = find_run(trail, run, kind=kind)
+    entry = find_run(trail, run, kind=kind or (None if from_step is None else "adapter"))
     console = Console()
     for line in differences(entry):
         typer.secho(f"Warning: {line}", fg=typer.colors.YELLOW, err=True)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
+from attribution.bodies import AdapterBody
 from attribution.erasure import remaining
 from attribution.influence.rows import rows_of
 from attribution.influence.store import Trace, TraceError
-from pipelines.replay import find_run
+from pipelines.benchmark.run import resolve_adapter
 
 if TYPE_CHECKING:
     from attribution.trail import Trail
@@ -23,8 +24,9 @@ def trace_view(trail: "Trail", adapter: str, *, top: int) -> Iterator[Table]:
     Raises:
         UserError: no such adapter, or its trace is not in the store.
     """
-    entry = find_run(trail, adapter, kind="adapter")
-    digest = remaining(trail, next(out.digest for out in entry.record.outputs if out.kind == "trace"))  # type: ignore[union-attr]
+    entry = trail.find(resolve_adapter(trail, adapter).digest)
+    assert entry is not None and entry.record is not None and isinstance(entry.record.body, AdapterBody)
+    digest = remaining(trail, entry.record.body.trace)
     if not trail.store.has(digest):
         raise TraceError(f"trace {digest}: it is no longer in the store; train the adapter again to get one")
     trace = Trace(trail.store.get_directory(digest, verify=False))

@@ -42,6 +42,7 @@ def train(
     from cluster.session import ray_session
     from configs.schema import load_settings, parse_settings
     from pipelines.train.driver import train as run
+    from pipelines.train.queries import artefact_of
 
     settings = load_settings(config)
     given: dict[str, object] = {"max_steps": max_steps, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
@@ -49,6 +50,8 @@ def train(
     overrides = {field: value for field, value in given.items() if value is not None}
     section = parse_settings({"train": {**settings.train.model_dump(), **overrides}}, source="command line").train
     trail = Trail.open(create=False)
+    for reference in section.query_sets:
+        artefact_of(trail, reference)  # a wrong one is told before Ray takes its seconds to start
     console = Console()
     with ray_session(trail.home, settings.cluster), TrainBars(console) as bars:
         report = run(trail, dataset, name=name, base=base or settings.base.source, settings=section, progress=bars)

@@ -100,7 +100,8 @@ def training_table(report: "TrainReport", name: str) -> Table:
     if report.in_run is not None:
         for name, queries in itertools.groupby(report.in_run.queries, key=lambda query: query.query_set):
             table.add_row(f"scored against {name}", f"{sum(query.num_items for query in queries)} queries")
-        taken = f"gradients every {report.in_run.refresh_steps} steps, {report.in_run.num_refreshes} times"
+        every, count = report.in_run.refresh_steps, report.in_run.num_refreshes
+        taken = f"gradients every {every} steps, {count} in all"
         table.add_row("in-run scores", f"{taken}; {report.in_run.overhead:.1%} on top of the steps' time")
     if report.num_attempts > 1:
         table.add_row("attempts", str(report.num_attempts))

@@ -17,7 +17,7 @@ from configs.schema import TrainSettings
 from pipelines.publish import require_name
 from pipelines.train.data import EncodedRows, Example, Step, encode_rows, plan_steps, write_examples
 from pipelines.train.plan import Outcome, Plan, StepHook, train_worker
-from pipelines.train.queries import QuerySet, read_query_sets, register, warnings
+from pipelines.train.queries import QuerySet, read_query_sets, register, stale_warning, warnings
 from pipelines.train.refined import TrainError, resolve_refined
 from pipelines.train.trace import Event, Journal, JournalFollower, StepTaken
 
@@ -110,8 +110,11 @@ def train(
     plan = Plan(new_run_folder(trail, name), str(base_model.path), base_model.name, settings, registered)
     prepare(plan, rows.examples, num_steps=len(steps))
     tell = progress or _ignore
-    refresh_steps = registered.refresh_steps if registered else 0
-    tell(Planned(len(steps), len(rows.examples), rows.skipped, tuple(warnings(sets, rows.examples)), refresh_steps))
+    told, refresh_steps = warnings(sets, rows.examples), 0
+    if registered is not None:
+        refresh_steps = registered.refresh_steps
+        told += stale_warning(refresh_steps, num_steps=len(steps))
+    tell(Planned(len(steps), len(rows.examples), rows.skipped, tuple(told), refresh_steps))
     outcome = run_workers(plan, hook=hook, progress=tell)
     queried = [found.artefact for found in sets if found.artefact != refined.artefact]
     inputs = (base_model.artefact, refined.artefact, *queried, *([workflow] if workflow else []))

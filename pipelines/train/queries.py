@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 REFRESH_SHARE = 0.07
 """Tokens that all refreshes may run, as a share of the training's: with the row gradients' 3 % it stays under 10 %."""
 
+MIN_REFRESHES = 4
+"""Fewer in a run are warned of."""
+
 
 class QueryError(UserError):
     """A query set that cannot be read or scored against."""
@@ -101,6 +104,17 @@ def refresh_steps(num_tokens: int, *, tokens_per_step: float) -> int:
     return math.ceil(num_tokens / (REFRESH_SHARE * tokens_per_step))
 
 
+def stale_warning(refresh_steps: int, *, num_steps: int) -> list[str]:
+    """Warn of a run that is too short for its queries: most of it is scored along gradients of long ago."""
+    num_refreshes = math.ceil(num_steps / refresh_steps)
+    if num_refreshes >= MIN_REFRESHES:
+        return []
+    return [
+        f"in-run scores: the queries' gradients are taken {num_refreshes} times in {num_steps} steps, which ranks worse; "
+        f"give fewer queries, or train.in_run_refresh_steps = {max(1, num_steps // MIN_REFRESHES)} and more time"
+    ]
+
+
 def warnings(sets: Sequence[QuerySet], examples: Sequence[Example]) -> list[str]:
     """Say in words what makes scores of these sets mean less than they seem to."""
     trained = {example.encoded: example.example_id for example in examples}
@@ -137,9 +151,7 @@ def artefact_of(trail: "Trail", reference: str) -> "Artefact":
     try:
         return resolve_refined(trail, reference).artefact
     except TrainError as error:
-        raise QueryError(
-            f"query set {reference!r}: no such file, and no refined dataset of that name or digest ({error})"
-        ) from error
+        raise QueryError(f"query set {reference!r}: no such file; {error}") from error
 
 
 def _read(trail: "Trail", reference: str, tokenizer: Any, max_length: int) -> QuerySet:
@@ -162,8 +174,9 @@ def _suite_rows(path: Path) -> list[tuple[str, list[dict[str, str]]]]:
 def _refined_rows(trail: "Trail", digest: str) -> list[tuple[str, list[dict[str, str]]]]:
     from pipelines.refine.read import load_refined
 
-    records = load_refined(trail, digest).select(["example_id", "messages"]).to_pylist()
-    return [(record["example_id"], record["messages"]) for record in records]
+    # By place: an example's id follows from its content, and would outlive the example's erasure in the trace.
+    messages = load_refined(trail, digest).column("messages").to_pylist()
+    return [(f"row {number}", turns) for number, turns in enumerate(messages)]
 
 
 def _encoded(

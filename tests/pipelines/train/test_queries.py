@@ -13,7 +13,7 @@ from configs.schema import TrainSettings
 from pipelines.benchmark.suites import SuiteError
 from pipelines.train.data import Example
 from pipelines.train.in_run import deal_queries
-from pipelines.train.queries import QueryError, QuerySet, read_query_sets, register, warnings
+from pipelines.train.queries import QueryError, QuerySet, read_query_sets, register, stale_warning, warnings
 from tests.pipelines.train.refined import FACTS, add_refined
 
 
@@ -33,6 +33,7 @@ def test_file_dataset_and_digest_name_a_set(trail: Trail, tiny_base: Path, tmp_p
     from_file, from_name = read(trail, tiny_base, suite(tmp_path / "held-out.jsonl"), "facts")
     assert (from_file.name, from_file.artefact.kind, len(from_file.items)) == ("held-out", "suite", 3)
     assert (from_name.name, from_name.artefact.kind, len(from_name.items)) == ("facts", "refined", len(FACTS))
+    assert [item.item_id for item in from_file.items[:2]] == ["q0", "q1"] and from_name.items[1].item_id == "row 1"
     (tmp_path / "held-out.jsonl").unlink()  # a replay has only the digest
     (again,) = read(trail, tiny_base, from_file.artefact.digest)
     assert again.items == from_file.items
@@ -40,7 +41,7 @@ def test_file_dataset_and_digest_name_a_set(trail: Trail, tiny_base: Path, tmp_p
 
 
 def test_what_cannot_be_scored_against_is_named(trail: Trail, tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(QueryError, match="'nothing': no such file, and no refined dataset of that name"):
+    with pytest.raises(QueryError, match=r"'nothing': no such file; .*no such refined dataset; known: none"):
         read(trail, tiny_base, "nothing")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(SuiteError, match="it has no rows"):
@@ -82,6 +83,13 @@ def test_gradients_are_taken_as_often_as_the_tokens_allow(trail: Trail, tiny_bas
     each = register([found], rare, tokens_per_step=100)
     assert each is not None and each.refresh_steps == 9 and each.groups == (0, 1, 2)
     assert [column.query for column in each.columns] == ["q0", "q1", "q2"]
+
+
+def test_a_run_too_short_for_its_queries_is_warned_of() -> None:
+    assert stale_warning(25, num_steps=100) == []
+    (said,) = stale_warning(34, num_steps=100)
+    assert "taken 3 times in 100 steps" in said and "train.in_run_refresh_steps = 25" in said
+    assert "refresh_steps = 1 " in stale_warning(5, num_steps=2)[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
