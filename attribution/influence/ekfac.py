@@ -82,8 +82,7 @@ class CodecFit:
         """
         scale = self._scale(sample, exp_avg_sq)
         for batch in _batches(sample[: len(sample) // 2] or sample):
-            drawn, _ = self._pairs(batch)
-            for name, pair in drawn.items():
+            for name, pair in self._deciding_pairs(batch).items():
                 short, long = self._basis_rows(name, pair, scale)
                 self._short[name] = self._short.get(name, 0) + short.mT @ short  # type: ignore[assignment]
                 if name not in self._long:
@@ -97,7 +96,7 @@ class CodecFit:
         if not self._sums:
             self.settle_bases()
         for batch in _batches(sample[len(sample) // 2 :]):
-            drawn, given = self._pairs(batch)
+            drawn, given = self._both_pairs(batch)
             for name, sums in self._sums.items():
                 sums.add(
                     _scaled(drawn[name].gradient(), scale, name),
@@ -138,10 +137,16 @@ class CodecFit:
         gain = (wanted / max(sum(float(energy.sum()) for energy in energies), _TINY)) ** 0.5
         return [replace(one, weight=one.weight * gain) for one in fitted]
 
-    def _pairs(self, batch: Sequence[Encoded]) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
-        """Return the pairs of the targets that the preconditioner rests on, and of the given ones."""
+    def _deciding_pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
+        """Return the pairs of the targets that the preconditioner rests on."""
         if self.settings.preconditioner == "ekfac":
             return self.factors.drawn_pairs(batch, self._generator)
+        return self.factors.pairs(batch)
+
+    def _both_pairs(self, batch: Sequence[Encoded]) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
+        """Return those and the pairs of the given targets."""
+        if self.settings.preconditioner == "ekfac":
+            return self.factors.both_pairs(batch, self._generator)
         given = self.factors.pairs(batch)
         return given, given
 

@@ -51,6 +51,7 @@ class AdapterModels:
         self._model: Any = None
         self._features: tuple[tuple[int, int], GradientFeatures] | None = None
         self._codecs: dict[Path, GradientCodec] = {}
+        self._states: dict[tuple[Path, int], tuple[dict[str, Tensor], dict[str, Tensor] | None]] = {}
         self._own: dict[tuple[Path, Path], bool] = {}
         self._verified: set[Path] = set()
 
@@ -137,10 +138,19 @@ class AdapterModels:
                 f"trace {trace.path.name}: its gradients are of other modules than the adapter's; "
                 "the trace belongs to another adapter"
             )
-        set_factor_weights(factors, trace.adapter_weights(int(view)))
-        moments = trace.exp_avg_sq(int(view)) if codec.preconditioner == "adam" else None
+        weights, moments = self._state(trace, int(view), with_moments=codec.preconditioner == "adam")
+        set_factor_weights(factors, weights)
         groups = factors.group_pairs(completion.encoded, num_groups=num_groups)
         return torch.cat([codec.encode(pairs, exp_avg_sq=moments) for pairs in groups]).cpu().numpy()
+
+    def _state(
+        self, trace: Trace, step: int, *, with_moments: bool
+    ) -> "tuple[dict[str, Tensor], dict[str, Tensor] | None]":
+        """Return a checkpoint's weights and, where rows were made with them, its second moments; kept for the next query."""
+        key = (trace.path, step)
+        if key not in self._states:
+            self._states[key] = (trace.adapter_weights(step), trace.exp_avg_sq(step) if with_moments else None)
+        return self._states[key]
 
     def _codec(self, store: "GradientStore", view: str) -> "GradientCodec":
         key = store.codec_file(view)
@@ -182,6 +192,7 @@ class AdapterModels:
         plain = self._model.unload() if self._model is not None and self._base_path == base else None
         self._model = self._features = self._base_path = self._adapter_path = None
         self._codecs.clear()
+        self._states.clear()
         if plain is None:
             plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
             plain.requires_grad_(False)

@@ -123,7 +123,7 @@ def test_the_eigenvalue_correction_is_nearer_to_the_fisher_matrix_than_kfac(
     codec = fit_codec(factors, SAMPLE, CodecSettings("ekfac", dim=1 << 20, basis_dim=512))
     generator = torch.Generator().manual_seed(0)
     gradients = whole(codec, looped(model, SAMPLE, drawn_labels(model, SAMPLE, generator)))
-    pairs, _ = factors.drawn_pairs(SAMPLE, torch.Generator().manual_seed(0))
+    pairs = factors.drawn_pairs(SAMPLE, torch.Generator().manual_seed(0))
     for one in codec.factors:
         fisher = gradients[one.name].T @ gradients[one.name] / len(SAMPLE)
         short, long = pairs[one.name].short.flatten(0, 1).double(), pairs[one.name].long.flatten(0, 1).double()
@@ -171,8 +171,11 @@ class _Scaled:
     def pairs(self, batch: Sequence[Encoded]) -> dict:
         return self._longer(self._factors.pairs(batch))
 
-    def drawn_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> tuple[dict, dict]:
-        drawn, given = self._factors.drawn_pairs(batch, generator)
+    def drawn_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> dict:
+        return self._longer(self._factors.drawn_pairs(batch, generator))
+
+    def both_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> tuple[dict, dict]:
+        drawn, given = self._factors.both_pairs(batch, generator)
         return self._longer(drawn), self._longer(given)
 
     def _longer(self, pairs: dict) -> dict:
