@@ -160,7 +160,9 @@ class Bench:
 
 def measure(bench: Bench) -> list[Figure]:
     """Ask every question in turns with its forward and backward."""
-    whole, alone, rest_cpu = [], [], []
+    whole: list[float] = []
+    alone: list[float] = []
+    rest_cpu: list[float] = []
     is_same = True
     for number in range(-2, bench.plan.num_questions):  # two warm up
         example = bench.question(number)
@@ -171,7 +173,8 @@ def measure(bench: Bench) -> list[Figure]:
         answer = bench.ask(row)
         rest_s, whole_s = time.process_time() - rest_started, time.perf_counter() - started
         if number >= 0:
-            whole.append(whole_s), alone.append(alone_s), rest_cpu.append(rest_s)
+            for values, value in ((whole, whole_s), (alone, alone_s), (rest_cpu, rest_s)):
+                values.append(value)
             is_same &= answer == bench.ask(bench.row(example))
     again = GradientStore(bench.store.path)
     is_same &= answer == bench.ask(bench.row(example), again)
