@@ -93,7 +93,7 @@ class TrainSettings(Section):
     gradient_projection_dim: int = Field(
         32, ge=1, description="most directions kept of each module's long side, for the rows of the gradient store"
     )
-    gradient_row_dim: int = Field(4096, ge=1, description="int8 numbers in a row: an example's gradient at a checkpoint")
+    gradient_row_dim: int = Field(4096, ge=1, description="int8 numbers of an example's gradient at a checkpoint")
     gradient_preconditioner: Literal["ekfac", "adam", "identity"] = Field(
         "ekfac", description="what scores examples' gradients against an answer's"
     )

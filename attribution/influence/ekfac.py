@@ -53,7 +53,7 @@ def fit_codec(
 
 
 def damped_weight(eigenvalues: Tensor, *, mean: float | Tensor, damping: float) -> Tensor:
-    """Return (eigenvalues + damping * mean)^-1/2, the square root of the damped inverse; `mean` is this factor's own."""
+    """Return (eigenvalues + damping * mean)^-1/2, the damped inverse's square root; `mean` is this factor's own."""
     floor = torch.as_tensor(damping * mean).clamp_min(torch.finfo(torch.float32).tiny)
     return (eigenvalues + floor).rsqrt()
 
@@ -128,7 +128,8 @@ class CodecFit:
             everything = torch.arange(weight.numel(), device=weight.device)
             fitted.append(FactorCodec(name, sums.short_basis, sums.long_basis, weight, everything))
             energies.append(sums.energies * weight**2)
-        return cut(self.settings.preconditioner, self._in_nats(fitted, energies), energies, dim=self.settings.dim).to("cpu")
+        fitted = self._in_nats(fitted, energies)
+        return cut(self.settings.preconditioner, fitted, energies, dim=self.settings.dim).to("cpu")
 
     def _in_nats(self, fitted: list[FactorCodec], energies: Sequence[Tensor]) -> list[FactorCodec]:
         wanted = sum(float(sums.adam_size) for sums in self._sums.values())

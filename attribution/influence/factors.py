@@ -119,7 +119,7 @@ class LoraFactors:
 
     @contextmanager
     def forward(self, batch: Sequence[Encoded]) -> Iterator[tuple[Activations, Tensor, Tensor]]:
-        """Yield (activations, logits, targets) of one recorded forward pass, the latter two as `target_logits` has them."""
+        """Yield (activations, logits, targets) of one recorded forward pass, the latter two as of `target_logits`."""
         device = next(self.model.parameters()).device
         input_ids, labels, mask = pad_batch(batch, device=device)
         with evaluating(self.model), torch.enable_grad(), self._recording() as seen:

@@ -149,7 +149,8 @@ class GradientStore:
                     "sha256": _sha256(file),
                 }
             )
-        _write_header(path, {"format": FORMAT, "block": BLOCK, "about": dict(about or {}), "views": views, "shards": []})
+        header = {"format": FORMAT, "block": BLOCK, "about": dict(about or {}), "views": views, "shards": []}
+        _write_header(path, header)
         return cls(path, verify=False)
 
     @property

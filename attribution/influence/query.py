@@ -73,7 +73,7 @@ class AdapterModels:
         return (adapted - alone).double().numpy()
 
     def is_own(self, trace: Trace, adapter: Path) -> bool:
-        """Say whether an adapter's weights are those that its trace ends with: none merged, averaged or edited since."""
+        """Say whether an adapter's weights are those its trace ends with: none merged, averaged or edited since."""
         key = (trace.path, adapter)
         if key not in self._own:
             from safetensors.torch import load_file
@@ -114,7 +114,7 @@ class AdapterModels:
     ) -> NDArray[np.float32]:
         """Return float32 [views, token groups, d] for some views of a store, all by default.
 
-        One forward per view and one backward per view and group. Raises TraceError when the store is of another adapter.
+        One forward per view, one backward per view and group. Raises TraceError when the store is of another adapter.
         """
         factors = LoraFactors(self._load(base, adapter))
         with _served_again(factors):
@@ -146,7 +146,7 @@ class AdapterModels:
     def _state(
         self, trace: Trace, step: int, *, with_moments: bool
     ) -> "tuple[dict[str, Tensor], dict[str, Tensor] | None]":
-        """Return a checkpoint's weights and, where rows were made with them, its second moments; kept for the next query."""
+        """Return a checkpoint's weights and, where rows were made with them, second moments; kept for the next query."""
         key = (trace.path, step)
         if key not in self._states:
             self._states[key] = (trace.adapter_weights(step), trace.exp_avg_sq(step) if with_moments else None)

@@ -39,7 +39,7 @@ def codec_settings(settings: TrainSettings) -> CodecSettings:
 
 @dataclass(frozen=True)
 class GradientPass:
-    """One rank's part in it; the ranks share the sample and the examples. `load` returns a checkpoint's state by step."""
+    """One rank's part in it; the ranks share sample and examples. `load` returns a checkpoint's state by step."""
 
     model: nn.Module
     examples: Sequence[Example]
@@ -124,7 +124,8 @@ def write_gradient_store(
                 try:
                     addition.put(str(step), places, rows)
                 except GradientStoreError as error:
-                    problem = f"{error}; lower train.learning_rate={run.settings.learning_rate:g}, or leave that row out"
+                    rate = f"train.learning_rate={run.settings.learning_rate:g}"
+                    problem = f"{error}; lower {rate}, or leave that row out"
             stop_together(problem)
 
 

@@ -246,7 +246,13 @@ class Worker:
     def _write_trace(self, model: nn.Module) -> None:
         """Write the trace: its gradients by all ranks together, the rest by rank 0."""
         run = GradientPass(
-            model, self.examples, self.checkpoint_steps, self._load_checkpoint, self.settings, self.rank, self.world_size
+            model,
+            self.examples,
+            self.checkpoint_steps,
+            self._load_checkpoint,
+            self.settings,
+            self.rank,
+            self.world_size,
         )
         codec = run.fit()
         if self.rank == 0:

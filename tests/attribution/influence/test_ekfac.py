@@ -97,7 +97,7 @@ def test_a_codec_that_keeps_everything_keeps_inner_products(
 
 
 def test_ekfac_scores_equal_explicit_inverses(model: PeftModel, factors: LoraFactors) -> None:
-    """The Kronecker eigenbasis is built whole, the eigenvalues read off an explicit Fisher matrix, which is inverted."""
+    """The Kronecker eigenbasis is built whole, the eigenvalues are read off an explicit Fisher matrix and inverted."""
     settings = CodecSettings("ekfac", dim=1 << 20, basis_dim=512, damping=0.1, seed=3)
     codec = fit_codec(factors, SAMPLE, settings)
     rows = codec.encode(factors.pairs(BATCH)).double().numpy()
@@ -149,7 +149,7 @@ def test_padding_does_not_move_the_bases(factors: LoraFactors) -> None:
 
 
 def test_each_factor_is_damped_by_its_own_mean(model: PeftModel, factors: LoraFactors) -> None:
-    """A factor whose gradients are a thousand times longer gets the same whitened rows: nothing leaks between factors."""
+    """A factor whose gradients are a thousand times longer gets the same rows: nothing leaks between factors."""
     name = next(iter(factors.shapes))
     found = []
     for factor in (1.0, 1000.0):
