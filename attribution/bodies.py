@@ -355,6 +355,58 @@ class RowRedactionBody:
     reason: str
 
 
+@dataclass(frozen=True)
+class PlayerValue:
+    """What one part of a system was worth: its Banzhaf value and its leave-one-out value, each with an interval.
+
+    `id` names what was switched on and off (a key id, leaf hash or digest); `name` is empty where another record says
+    it, so that it can be erased there. `p_micro` is adjusted by Holm over the settlement's players and rounded up.
+    """
+
+    kind: Literal["contributor", "dataset", "adapter", "rule", "base", "prompt", "retrieval", "workflow_patch"]
+    id: str
+    name: str
+    value_micro: int
+    low_micro: int
+    high_micro: int
+    loo_micro: int
+    loo_low_micro: int
+    loo_high_micro: int
+    p_micro: int
+    verdict: Literal["helped", "hindered", "no measurable effect"]
+
+
+@dataclass(frozen=True)
+class SettlementBody:
+    """What the players behind an adapter were worth on a suite, measured by training coalitions of them again.
+
+    Values are in the unit that `utility` names, higher being better. `players` holds the largest, all `num_players` of
+    them where the record has room; `values` is the blob of all. `table` is the blob of what was measured (coalition,
+    digest of what was trained, utility of each item), `plan` the JSON blob that says how to measure any of it again.
+    A cell is one item's utility under one coalition.
+    """
+
+    adapter: Digest
+    adapter_name: str
+    base: Digest
+    dataset: Digest
+    suite: Digest
+    suite_name: str
+    over: str
+    utility: str
+    method: str
+    players: tuple[PlayerValue, ...]
+    num_players: int
+    num_coalitions: int
+    num_cells: int
+    empty_micro: int
+    full_micro: int
+    confidence_micro: int
+    values: Digest
+    table: Digest
+    plan: Digest
+
+
 Body = (
     ContributorBody
     | KeyBody
@@ -379,6 +431,7 @@ Body = (
     | KeyRotationBody
     | KeyRevocationBody
     | RowRedactionBody
+    | SettlementBody
 )
 
 BODY_OF_KIND: dict[str, type[Body]] = {
@@ -405,6 +458,7 @@ BODY_OF_KIND: dict[str, type[Body]] = {
     "key_rotation": KeyRotationBody,
     "key_revocation": KeyRevocationBody,
     "row_redaction": RowRedactionBody,
+    "settlement": SettlementBody,
 }
 KINDS = tuple(BODY_OF_KIND)
 NOTICE_KINDS = frozenset({"key_rotation", "key_revocation", "redaction", "row_redaction"})

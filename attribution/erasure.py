@@ -106,7 +106,7 @@ def remove(trail: "Trail", leaf_hashes: Sequence[str]) -> Removal:
         trail.store.delete(digest)
     for leaf_hash in removal.leaves:
         trail.delete_record(leaf_hash)
-    _forget_in_lineage(trail)
+    _forget_in_views(trail)
     return removal
 
 
@@ -125,13 +125,18 @@ def remove_rewritten(trail: "Trail") -> int:
     doomed = [digest for digest in before if trail.store.has(digest)]
     for digest in doomed:
         trail.store.delete(digest)
-    _forget_in_lineage(trail)
+    _forget_in_views(trail)
     return len(doomed)
 
 
-def _forget_in_lineage(trail: "Trail") -> None:
-    """Have the lineage index, if there is one, take in the redactions now: it names what it read."""
+def _forget_in_views(trail: "Trail") -> None:
+    """Have the lineage index, if there is one, take in the redactions now, and drop indexes of words: both name what
+    they read.
+    """
     from attribution.lineage_index import LineageIndex, size_of
+    from attribution.span_files import forget_stale
+
+    forget_stale(trail.home, trail.store)
 
     index = LineageIndex(trail.home, trail.log.key)
     if index.path.exists():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MICRO = 1_000_000
 LOWER_IS_BETTER = frozenset({"loss"})
+AUDIT_METHOD = "unrolled-adamw/"
 NO_EFFECT = "no measurable effect"
 
 
@@ -172,13 +173,23 @@ def dataset_of_examples(trail: "Trail", adapter: MeasuredAdapter) -> dict[str, s
     return {row["example_id"]: row["dataset"] for row in _rows(trail, entry.record.body)}
 
 
-def recorded_scores(trail: "Trail", adapter: str) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield (leaf hash, example id -> predicted gain in nats) of each recorded influence on an adapter's answers."""
+def is_audit(method: str) -> bool:
+    """Whether an influence record's scores are exact derivatives of the recorded run, not a ranking's."""
+    return method.startswith(AUDIT_METHOD)
+
+
+def recorded_scores(trail: "Trail", adapter: str, *, audited: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield (leaf hash, example id -> score in nats) of each recorded influence on an adapter's answers.
+
+    Of one method only, for their sizes cannot be compared: the explain tier's predicted gains or, `audited`, the exact
+    derivatives.
+    """
     for entry in trail.entries(kind="influence"):
         if entry.record is None or not isinstance(entry.record.body, InfluenceBody):
             continue
         table = entry.record.body.table
-        if any(source.digest == adapter for source in entry.record.inputs) and trail.store.has(table):
+        is_wanted = is_audit(entry.record.body.method) == audited
+        if is_wanted and any(source.digest == adapter for source in entry.record.inputs) and trail.store.has(table):
             rows = trail.get_table(table).to_pylist()
             yield entry.leaf_hash, {row["example_id"]: row["score_micro"] / MICRO for row in rows}
 

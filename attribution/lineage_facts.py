@@ -86,6 +86,8 @@ def label_of_body(kind: str, get: Callable[[str], Any]) -> str:
             return f"loaded by {get('replica')}"
         case "influence":
             return str(get("receipt_id"))
+        case "settlement":
+            return f"{get('adapter_name')} settled over {get('over')} on {get('suite_name')}"
         case "key_rotation":
             return f"key of {get('name')} rotated"
         case "key_revocation":

@@ -4,13 +4,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, InfluenceBody, PromptBody, PublicationBody
+from attribution.bodies import (
+    AdapterBody,
+    BaseModelBody,
+    BenchmarkBody,
+    InfluenceBody,
+    PromptBody,
+    PublicationBody,
+    SettlementBody,
+)
 from attribution.mlflow_context import MODEL_KINDS, ViewContext
 from attribution.mlflow_datasets import TAG_ROWS_DIGEST, row_tags, shown_rows, stored_digest
 from attribution.mlflow_prompts import TAG_TEXT, prompt_tags, registered, template_of, versions_of
 from attribution.mlflow_runs import registered_name
 from attribution.mlflow_server import TAG_LEAF, UNSHOWABLE
 from attribution.mlflow_traces import rows_of, trace_id_of
+from attribution.mlflow_workflows import WORKFLOW_KINDS
 from attribution.trail import Entry
 
 Role = Literal["run", "model", "version", "dataset", "prompt", "trace", "assessment"]
@@ -127,9 +136,11 @@ def _expected_of(context: ViewContext, entry: Entry) -> Iterator[Expected]:
             yield Expected("model", leaf, leaf, tags)
         if kind == "refinement":
             yield Expected("dataset", leaf, leaf, row_tags(context, entry, shown_rows(context, entry)))
+    elif kind in WORKFLOW_KINDS:
+        yield Expected("run", leaf, leaf, context.tags(entry, digest=None))
     elif isinstance(body, PromptBody):
         yield Expected("prompt", leaf, leaf, {**prompt_tags(context, entry), TAG_TEXT: template_of(context, entry)})
-    elif isinstance(body, BenchmarkBody):
+    elif isinstance(body, BenchmarkBody | SettlementBody):
         yield Expected("run", leaf, leaf, context.tags(entry, digest=body.adapter))
     elif isinstance(body, PublicationBody):
         maker = context.trail.find(body.digest)

@@ -3,12 +3,21 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from attribution.bodies import AdapterBody, BaseModelBody, BenchmarkBody, PublicationBody, RefinementBody
+from attribution.bodies import (
+    AdapterBody,
+    BaseModelBody,
+    BenchmarkBody,
+    PublicationBody,
+    RefinementBody,
+    SettlementBody,
+)
 from attribution.erasure import remaining
 from attribution.mlflow_context import PAGE_FILE, ViewContext, metrics_at
 from attribution.mlflow_datasets import write_rows
+from attribution.mlflow_notes import escape
 from attribution.mlflow_server import TAG_NOTE, create_once
 from attribution.records import Artefact
+from attribution.settlement import player_name
 from attribution.store import StoreError
 from attribution.trail import Entry
 
@@ -143,6 +152,39 @@ def write_benchmark(context: ViewContext, entry: Entry) -> None:
         of_adapter.update({f"{metric.metric}.{key}": micro / MICRO for key, micro in changes.items()})
     for values, model_id in ((of_base, base_id), (of_adapter, adapter_id)):
         context.server.log_metrics(run_id, metrics_at(values, record.time_us, model_id=model_id, dataset=data))
+    context.finish_run(entry, run_id)
+    _renew_model_page(context, body.adapter)
+
+
+def write_settlement(context: ViewContext, entry: Entry) -> None:
+    """A run with the adapter and the suite going in; what each player was worth stands in its description."""
+    assert entry.record is not None and isinstance(entry.record.body, SettlementBody)
+    record, body = entry.record, entry.record.body
+    lines = [
+        f"- {escape(player.name or player_name(context.trail, player.kind, player.id))} ({player.kind}): "
+        f"**{player.value_micro / MICRO:+.4f}** ({player.low_micro / MICRO:+.4f} to "
+        f"{player.high_micro / MICRO:+.4f}), {player.verdict}"
+        for player in body.players
+    ]
+    summary = (
+        f"{body.num_players} players measured by {body.num_coalitions} coalitions on {escape(body.suite_name)}, in "
+        f"{escape(body.utility)}; intervals at {body.confidence_micro / MICRO:.0%}.\n\n" + "\n".join(lines)
+    )
+    text = context.note(summary, entry, context.credits(entry), digest=body.adapter)
+    name = f"settle {body.adapter_name}"
+    run_id = context.run(entry, name=name, start_us=record.time_us, digest=body.adapter, note=text)
+    names = ("adapter", "base", "dataset", "suite", "over", "utility", "method", "num_players", "table", "plan")
+    context.server.log_params(run_id, {name: getattr(body, name) for name in names} | {"seed": record.seed})
+    suite = next((item for item in record.inputs if item.digest == body.suite), record.inputs[0])
+    models = [model for digest in (body.adapter, body.base) if (model := context.model_of(digest))]
+    context.server.log_inputs(run_id, [context.dataset(suite, context="settlement")], models)
+    values = {
+        "utility.without": body.empty_micro / MICRO,
+        "utility.with_all": body.full_micro / MICRO,
+        "coalitions": body.num_coalitions,
+        "cells": body.num_cells,
+    }
+    context.server.log_metrics(run_id, metrics_at(values, record.time_us))
     context.finish_run(entry, run_id)
     _renew_model_page(context, body.adapter)
 

@@ -23,9 +23,16 @@ from attribution.mlflow_runs import (
     write_benchmark,
     write_publication,
     write_refinement,
+    write_settlement,
 )
 from attribution.mlflow_server import TAG_NOTE, UNSHOWABLE, MlflowServer, ViewUnavailable, translated_errors
 from attribution.mlflow_traces import write_completions, write_influence
+from attribution.mlflow_workflows import (
+    write_approval,
+    write_workflow_effect,
+    write_workflow_patch,
+    write_workflow_run,
+)
 from attribution.pages.show import LineagePages
 from attribution.trail import Entry, Trail
 
@@ -43,7 +50,12 @@ WRITERS: dict[str, Callable[[ViewContext, Entry], None]] = {
     "prompt": write_prompt,
     "completions": write_completions,
     "influence": write_influence,
+    "workflow_run": write_workflow_run,
+    "workflow_patch": write_workflow_patch,
+    "workflow_effect": write_workflow_effect,
+    "approval": write_approval,
     "redaction": write_redaction,
+    "settlement": write_settlement,
 }
 OnRecord = Callable[[Entry], None]
 

@@ -21,7 +21,7 @@ from configs.errors import UserError
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
 
-NEEDS_INPUT = frozenset({"refinement", "adapter", "benchmark", "publication", "completions", "influence"})
+NEEDS_INPUT = frozenset({"refinement", "adapter", "benchmark", "publication", "completions", "influence", "settlement"})
 CARRIED_KINDS = NOTICE_KINDS | {"contributor", "publication"}  # read again in each run: later entries lean on them
 PROGRESS_LEAVES = 1000
 Progress = Callable[[int, int], None]

@@ -1,10 +1,14 @@
-"""The five questions, answered from what exists: numbers with interval, method, seed, records, and what is missing."""
+"""The five questions, answered from what exists: numbers with interval, method, seed, cost, records, what is missing.
+
+Evidence of several tiers stands side by side and is never mixed: each finding names its tier, and what that promises.
+"""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from attribution.answers import Answer, Cost, Finding, Missing, Resampling, Tier, links_of, records_of
 from attribution.evidence import (
     MICRO,
     NO_EFFECT,
@@ -23,157 +27,97 @@ from attribution.evidence import (
     verdict_of,
     version_change,
 )
+from attribution.paid_evidence import newest_statement, paid_details, paid_findings
+from attribution.question_who import ask_who
+from attribution.settled_evidence import (
+    DATA_KINDS,
+    NO_SETTLEMENT,
+    newest_settlements,
+    settled_cost,
+    settled_details,
+    settled_findings,
+    unit_of,
+)
+from attribution.settlement import Settlement
 from attribution.workflow_effects import recorded_effects
 from attribution.workflow_patches import recorded_patches
 
 if TYPE_CHECKING:
     from attribution.trail import Trail
 
+__all__ = [
+    "NO_EFFECT", "Answer", "Finding", "Missing", "Resampling",
+    "ask_adapter", "ask_dataset", "ask_improved", "ask_value", "ask_who",
+]  # fmt: skip
 
-@dataclass(frozen=True)
-class Finding:
-    """One number. `low` and `high` are None for a plain count; `links` are leaf hashes of the records it rests on.
-
-    `confidence` is that of the interval, None without one or when the record no longer says.
-    """
-
-    subject: str
-    measure: str
-    value: float
-    low: float | None
-    high: float | None
-    unit: str
-    verdict: str
-    links: tuple[str, ...]
-    confidence: float | None = None
-
-
-@dataclass(frozen=True)
-class Missing:
-    """Evidence that would make the answer firmer, and what supplies it."""
-
-    evidence: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The reply to one of the five questions. `details` is the whole attribution for "who", else empty."""
-
-    question: str
-    summary: str
-    findings: tuple[Finding, ...]
-    missing: tuple[Missing, ...]
-    method: str
-    confidence: float
-    seed: int
-    details: dict[str, Any]
-
-    @property
-    def links(self) -> tuple[str, ...]:
-        """Leaf hashes of every record the answer rests on, each once."""
-        return tuple(dict.fromkeys(link for finding in self.findings for link in finding.links))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, floats rounded to a millionth."""
-        from attribution.influence.answer import plain
-
-        return plain({**asdict(self), "links": self.links})
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are drawn where a record does not already hold one."""
-
-    num_draws: int = 2000
-    confidence: float = 0.9
-    seed: int = 0
-
-
-ABLATION = Missing(
-    "cause: which of data, rank, steps or seed made the difference was not tested",
-    "train again without one of them and benchmark both on the same suite; coalition retrains will do this at scale",
-)
 NO_BENCHMARK = Missing("no benchmark of this adapter is recorded", "trailmark benchmark ADAPTER SUITE.jsonl")
 NO_ADAPTER = Missing("no adapter is recorded", "trailmark train DATASET --name NAME")
-NO_SETTLEMENT = Missing(
+NO_STATEMENT = Missing(
     "settled credit: no statement turns fees into shares, so nothing here is money",
-    "a fee table and coalition retrains per period; influence alone never pays",
+    "trailmark statement, with a fee table, once the adapters are settled; influence alone never pays",
 )
-
-
-def ask_who(trail: "Trail", receipt_id: str, *, explain: Callable[[str], dict[str, Any]]) -> Answer:
-    """Who made this completion? `explain` returns `Attribution.to_dict()`, computed here or by a scorer."""
-    found = explain(receipt_id)
-    links = [found["receipt_leaf"]]
-    if found["adapter"] is not None:
-        made = trail.find(found["adapter"])
-        links += [made.leaf_hash] if made else []
-    findings = tuple(
-        Finding(
-            subject=part["name"],
-            measure="share",
-            value=part["share"],
-            low=part["low"],
-            high=part["high"],
-            unit="of 1",
-            verdict=_paid(part),
-            links=tuple(links),
-            confidence=found["confidence"],
-        )
-        for part in found["contributors"]
-    )
-    missing = [Missing("cause: shares are stable under reweighting, not tested by retraining", ABLATION.remedy)]
-    if found["adapter"] is not None and not found["base_did_it"] and not found["contributors"]:
-        missing.insert(0, Missing(found["reason"], "train the adapter with `trailmark train`, which leaves a trace"))
-    return Answer(
-        question="Who made this answer?",
-        summary=_who_summary(found),
-        findings=findings or (_base_finding(found, tuple(links)),),
-        missing=tuple(missing),
-        method=found["method"],
-        confidence=found["confidence"],
-        seed=found["seed"],
-        details=found,
-    )
 
 
 def ask_improved(trail: "Trail", adapter: str | None = None, *, resampling: Resampling | None = None) -> Answer:
-    """What improved the model? Adapters against their base, versions against the one before, patches of workflows."""
+    """What improved the model? What settlements found in its parts; adapters against their base, versions against the
+    one before, patches of workflows.
+    """
     resampling = resampling or Resampling()
     adapters = measured_adapters(trail, adapter)
-    findings = [*_deltas(adapters), *_version_changes(trail, adapters, resampling)]
-    findings += _patch_effects(trail, None if adapter is None else {one.digest for one in adapters})
-    improved = sum(finding.verdict == "improved" for finding in findings)
-    summary = f"{improved} of {len(findings)} measured differences are improvements"
+    settled = newest_settlements(trail, {one.digest for one in adapters})
+    compared = [*_deltas(adapters), *_version_changes(trail, adapters, resampling)]
+    compared += _patch_effects(trail, None if adapter is None else {one.digest for one in adapters})
+    improved = sum(finding.verdict == "improved" for finding in compared)
+    summary = f"{improved} of {len(compared)} measured differences are improvements"
     method = "benchmark deltas and patch effects as recorded; versions paired by item, Dirichlet bootstrap over items"
     return _answer(
-        "What improved the model?", summary, findings, [*_unmeasured(adapters), ABLATION], method, resampling
+        trail,
+        "What improved the model?",
+        _with_settled(summary, settled),
+        [*settled_findings(settled), *compared],
+        _unmeasured(adapters),
+        method=method,
+        resampling=resampling,
+        settled=settled,
+        cost=_items_asked(adapters),
     )
 
 
 def ask_adapter(trail: "Trail", adapter: str | None = None, *, resampling: Resampling | None = None) -> Answer:
-    """Which adapter changed performance? Every benchmark of every adapter against its base."""
+    """Which adapter changed performance? Adapters switched off in settlements; every benchmark against the base."""
     resampling = resampling or Resampling()
     adapters = measured_adapters(trail, adapter)
-    findings = list(_deltas(adapters))
-    changed = sorted({finding.subject for finding in findings if finding.verdict != NO_EFFECT})
+    settled = newest_settlements(trail, {one.digest for one in adapters})
+    compared = list(_deltas(adapters))
+    changed = sorted({finding.subject for finding in compared if finding.verdict != NO_EFFECT})
     summary = f"{len(changed)} of {len(adapters)} adapters changed a measure" + (
         f": {', '.join(changed)}" if changed else ""
     )
     single = Missing("spread over training seeds: each adapter was trained once", "train again under other seeds")
-    missing = [*_unmeasured(adapters), *([single] if findings else [])]
-    method = "paired bootstrap over the suite's items, as recorded by each benchmark"
-    return _answer("Which adapter changed performance?", summary, findings, missing, method, resampling)
+    return _answer(
+        trail,
+        "Which adapter changed performance?",
+        summary,
+        [*_whole(settled), *settled_findings(settled, kinds={"adapter"}), *compared],
+        [*_unmeasured(adapters), *([single] if compared and not settled else [])],
+        method="paired bootstrap over the suite's items, as recorded by each benchmark",
+        resampling=resampling,
+        settled=settled,
+        cost=_items_asked(adapters),
+    )
 
 
 def ask_dataset(trail: "Trail", adapter: str | None = None, *, resampling: Resampling | None = None) -> Answer:
-    """Which dataset mattered? Rows kept of each contribution, and its summed influence over explained answers."""
+    """Which dataset mattered? What settlements measured without it; its summed influence over explained and audited
+    answers; rows kept of each contribution.
+    """
     resampling = resampling or Resampling()
-    findings: list[Finding] = []
+    adapters = measured_adapters(trail, adapter)
+    settled = newest_settlements(trail, {one.digest for one in adapters})
+    findings = settled_findings(settled, kinds=DATA_KINDS)
     missing: list[Missing] = []
     num_answers = 0
-    for one in measured_adapters(trail, adapter):
+    for one in adapters:
         of_adapter, seen = _dataset_findings(trail, one, resampling)
         findings += of_adapter
         num_answers += seen
@@ -187,26 +131,78 @@ def ask_dataset(trail: "Trail", adapter: str | None = None, *, resampling: Resam
             )
     if not findings and not missing:
         missing.append(NO_ADAPTER)
-    summary = _dataset_summary(findings, num_answers)
-    method = "rows kept by refinement; predicted gain summed over each dataset's rows, Dirichlet bootstrap over answers"
-    return _answer("Which dataset mattered?", summary, findings, [*missing, ABLATION], method, resampling)
+    return _answer(
+        trail,
+        "Which dataset mattered?",
+        _with_settled(_dataset_summary(findings, num_answers), settled, kinds=DATA_KINDS),
+        findings,
+        missing,
+        method="rows kept by refinement; scores summed over each dataset's rows, Dirichlet bootstrap over answers",
+        resampling=resampling,
+        settled=settled,
+        cost=(Cost("answers explained before", num_answers, "answers"),) if num_answers else (),
+    )
 
 
 def ask_value(trail: "Trail", *, resampling: Resampling | None = None) -> Answer:
-    """What part created value? What each model answered, beside what it was measured to change."""
+    """What part created value? What each model answered, what its parts were settled to be worth, what was paid."""
     resampling = resampling or Resampling()
     adapters = {one.digest: one for one in measured_adapters(trail)}
     found = served(trail)
-    findings = [finding for item in found for finding in _served_findings(item, found, adapters)]
+    used = {item.model for item in found}
+    settled = newest_settlements(trail, adapters.keys() & used)
+    paid = newest_statement(trail)
+    findings = [*(paid_findings(*paid) if paid else ()), *settled_findings(settled)]
+    findings += [finding for item in found for finding in _served_findings(item, found, adapters)]
     findings += _deltas([adapters[item.model] for item in found if item.model in adapters])
     total = sum(item.num_completions for item in found)
     by_base = sum(item.num_completions for item in found if item.is_base)
     summary = f"{total} completions served, {total - by_base} through an adapter, {by_base} by a base alone"
-    missing = [NO_SETTLEMENT]
+    missing = [] if paid else [NO_STATEMENT]
     if not found:
         missing.insert(0, Missing("no completion is recorded", "trailmark up, then ask the API something"))
-    method = "counts of receipts; benchmark deltas as recorded"
-    return _answer("What part created value?", summary, findings, missing, method, resampling)
+    return _answer(
+        trail,
+        "What part created value?",
+        _with_settled(summary, settled),
+        findings,
+        missing,
+        method="counts of receipts; benchmark deltas as recorded",
+        resampling=resampling,
+        settled=settled,
+        details={"paid": paid_details(*paid)} if paid else None,
+    )
+
+
+def _with_settled(summary: str, settled: Sequence[Settlement], *, kinds: frozenset[str] | None = None) -> str:
+    """Put what was measured by retraining before what was compared or ranked."""
+    players = [player for one in settled for player in one.players if kinds is None or player.kind in kinds]
+    if not players:
+        return summary
+    parts = [
+        f"{verdict}: {', '.join(dict.fromkeys(player.name for player in players if player.verdict == verdict))}"
+        for verdict in ("helped", "hindered")
+        if any(player.verdict == verdict for player in players)
+    ]
+    told = "; ".join(parts) or "no part had a measurable effect"
+    return f"measured by retraining, {told}; {summary}"
+
+
+def _whole(settled: Sequence[Settlement]) -> Iterator[Finding]:
+    """What each settled adapter does with all its parts, against none of them."""
+    for one in settled:
+        measure = f"{one.utility} on {one.suite_name}: all its {one.over or 'players'} against none"
+        gain = one.full_value - one.empty_value
+        verdict = "improved" if gain > 0 else "worsened" if gain < 0 else NO_EFFECT
+        yield Finding(
+            one.adapter_name, measure, gain, None, None, unit_of(one), verdict, (one.leaf_hash,),
+            tier="settle", kind="adapter",
+        )  # fmt: skip
+
+
+def _items_asked(adapters: Sequence[MeasuredAdapter]) -> tuple[Cost, ...]:
+    asked = sum(2 * measured.body.num_items for one in adapters for measured in one.benchmarks)
+    return (Cost("answers benchmarked before, of adapter and base", asked, "answers"),) if asked else ()
 
 
 def _deltas(adapters: Sequence[MeasuredAdapter]) -> Iterator[Finding]:
@@ -271,33 +267,57 @@ def _dataset_findings(trail: "Trail", adapter: MeasuredAdapter, resampling: Resa
     refinement, items = contributions(trail, adapter)
     if refinement is None:
         return [], 0
-    recorded = list(recorded_scores(trail, adapter.digest))
-    sums = dataset_scores(
-        [scores for _, scores in recorded], dataset_of_examples(trail, adapter), [item.leaf_hash for item in items]
-    )
+    audited, explained = (list(recorded_scores(trail, adapter.digest, audited=flag)) for flag in (True, False))
     findings = []
+    for tier, recorded in (("audit", audited), ("explain", explained)):
+        findings += _summed(trail, adapter, items, recorded, tier=tier, resampling=resampling)  # type: ignore[arg-type]
+    return [*findings, *(_kept_finding(item, adapter, refinement) for item in items)], len(explained)
+
+
+def _summed(
+    trail: "Trail",
+    adapter: MeasuredAdapter,
+    items: Sequence[Contribution],
+    recorded: Sequence[tuple[str, dict[str, float]]],
+    *,
+    tier: Tier,
+    resampling: Resampling,
+) -> Iterator[Finding]:
+    """The mean over answers of each contribution's summed scores, of one tier."""
+    if not recorded:
+        return
+    leaves = [item.leaf_hash for item in items]
+    sums = dataset_scores([scores for _, scores in recorded], dataset_of_examples(trail, adapter), leaves)
+    what = "predicted gain" if tier == "explain" else "exact derivative (a hint beyond 5 % of the rows)"
     for item in items:
-        findings.append(_kept_finding(item, adapter, refinement))
-        if recorded:
-            spread = resampled_mean(sums[item.leaf_hash], **asdict(resampling))
-            links = (item.leaf_hash, *(leaf for leaf, _ in recorded))
-            measure = f"mean predicted gain of {adapter.label} over {len(recorded)} explained answers"
-            verdict = NO_EFFECT if not spread.is_distinct else ("helped" if spread.value > 0 else "hindered")
-            bounds = (spread.value, spread.low, spread.high)
-            findings.append(
-                Finding(item.name, measure, *bounds, "nats per answer", verdict, links, resampling.confidence)
-            )
-    return findings, len(recorded)
+        spread = resampled_mean(sums[item.leaf_hash], **asdict(resampling))
+        verdict = NO_EFFECT if not spread.is_distinct else ("helped" if spread.value > 0 else "hindered")
+        yield Finding(
+            item.name,
+            f"mean {what} of {adapter.label} over {len(recorded)} {tier}ed answers",
+            spread.value,
+            spread.low,
+            spread.high,
+            "nats per answer",
+            verdict,
+            (item.leaf_hash, *(leaf for leaf, _ in recorded)),
+            resampling.confidence,
+            tier=tier,
+            kind="dataset",
+        )
 
 
 def _kept_finding(item: Contribution, adapter: MeasuredAdapter, refinement: str) -> Finding:
     verdict = "trained on" if item.num_kept else "dropped by refinement"
     measure = f"rows of {item.num_rows} kept for {adapter.label}"
-    return Finding(item.name, measure, item.num_kept, None, None, "rows", verdict, (item.leaf_hash, refinement))
+    links = (item.leaf_hash, refinement)
+    return Finding(
+        item.name, measure, item.num_kept, None, None, "rows", verdict, links, tier="counted", kind="dataset"
+    )
 
 
 def _dataset_summary(findings: Sequence[Finding], num_answers: int) -> str:
-    scored = [finding for finding in findings if finding.low is not None]
+    scored = [finding for finding in findings if finding.tier == "explain"]
     if not scored:
         return "rows are counted, but no explained answer says which dataset mattered"
     helped = [finding.subject for finding in scored if finding.verdict == "helped"]
@@ -309,9 +329,14 @@ def _served_findings(item: Served, found: Sequence[Served], adapters: dict[str, 
     total = sum(other.num_completion_tokens for other in found)
     share = item.num_completion_tokens / total if total else 0.0
     verdict = "base model alone" if item.is_base else "through an adapter"
-    yield Finding(subject, "completions", item.num_completions, None, None, "receipts", verdict, item.links)
-    yield Finding(subject, "completion tokens", item.num_completion_tokens, None, None, "tokens", verdict, item.links)
-    yield Finding(subject, "share of completion tokens", share, None, None, "of 1", verdict, item.links)
+    counts = (
+        ("completions", item.num_completions, "receipts"),
+        ("completion tokens", item.num_completion_tokens, "tokens"),
+        ("share of completion tokens", share, "of 1"),
+    )
+    kind = "base" if item.is_base else "adapter"
+    for measure, value, unit in counts:
+        yield Finding(subject, measure, value, None, None, unit, verdict, item.links, tier="counted", kind=kind)
 
 
 def _finding(
@@ -329,46 +354,29 @@ def _unmeasured(adapters: Sequence[MeasuredAdapter]) -> list[Missing]:
     ]
 
 
-def _paid(part: dict[str, Any]) -> str:
-    if part["share"] > 0:
-        return "credited"
-    return "cannot be told from zero" if part["score"] > 0 else "did not help"
-
-
-def _base_finding(found: dict[str, Any], links: tuple[str, ...]) -> Finding:
-    gain = found["gain_nats"]
-    verdict = "the base made it" if found["base_did_it"] else "the adapter made it, its rows are unknown"
-    if gain is None:
-        return Finding("base model", "adapter's part", 0.0, None, None, "of 1", verdict, links)
-    measure = "adapter's gain over the base per token"
-    return Finding("adapter", measure, gain["mean"], gain["low"], gain["high"], "nats per token", verdict, links)
-
-
-def _who_summary(found: dict[str, Any]) -> str:
-    if found["base_did_it"]:
-        return f"The base model made it: {found['reason']}."
-    credited = [part for part in found["contributors"] if part["share"] > 0]
-    if not credited:
-        return f"The adapter {found['adapter_name']} made it; {found['reason']}."
-    named = ", ".join(f"{part['name']} {part['share']:.0%}" for part in credited[:3])
-    return f"The adapter {found['adapter_name']} made it, mostly on rows of {named}."
-
-
 def _answer(
+    trail: "Trail",
     question: str,
     summary: str,
     findings: Sequence[Finding],
     missing: Sequence[Missing],
+    *,
     method: str,
     resampling: Resampling,
+    settled: Sequence[Settlement] = (),
+    cost: tuple[Cost, ...] = (),
+    details: dict[str, Any] | None = None,
 ) -> Answer:
+    methods = dict.fromkeys(one.method for one in settled)
     return Answer(
         question=question,
         summary=summary,
         findings=tuple(findings),
-        missing=tuple(missing),
-        method=method,
+        missing=(*missing, *(() if settled else (NO_SETTLEMENT,))),
+        method="; ".join([*methods, method]),
         confidence=resampling.confidence,
         seed=resampling.seed,
-        details={},
+        details={**({"settlements": settled_details(trail, settled)} if settled else {}), **(details or {})},
+        cost=(*settled_cost(trail, settled), *cost),
+        records=records_of(trail, links_of(findings)),
     )

@@ -18,7 +18,7 @@ from attribution.workflow_runs import Key
 from cluster.step_code import code_manifest
 from configs.errors import UserError
 from configs.schema import Settings
-from configs.workflow import ApprovalStep, BenchmarkStep, PublishStep, RefineStep, Step, TrainStep
+from configs.workflow import ApprovalStep, BenchmarkStep, PublishStep, RefineStep, SettleStep, Step, TrainStep
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
@@ -128,10 +128,23 @@ def real_kinds(tools: Tools) -> dict[str, StepKind]:
             options = {"settings": task.settings.benchmark, "progress": bars, "workflow": task.definition}
             return [benchmark(trail, task.input("adapter").digest, suite=_suite(task), **options).entry]
 
+    def settle(trail: "Trail", task: Task) -> "Sequence[Entry]":
+        tools.ray()
+        with tools.bars("settle") as bars:
+            from pipelines.settle.driver import settle
+
+            assert isinstance(task.step, SettleStep)
+            options = {"settings": task.settings.settle, "progress": bars, "workflow": task.definition}
+            adapter, suite = task.input("adapter").digest, _suite(task)
+            report = settle(trail, adapter, suite=suite, over=task.step.over, **options)
+            assert report is not None, "only a dry run returns nothing"
+            return [report.entry]
+
     return {
         "refine": StepKind("refinement", ("pipelines.refine.driver",), _for_refine, refine, _for_refine),
         "train": StepKind("adapter", ("pipelines.train.driver",), _for_train, train, _check_train, _import_base),
-        "benchmark": StepKind("benchmark", ("pipelines.benchmark.run",), _for_benchmark, benchmark, _check_benchmark),
+        "benchmark": StepKind("benchmark", ("pipelines.benchmark.run",), _for_benchmark, benchmark, _check_suite),
+        "settle": StepKind("settlement", ("pipelines.settle.driver",), _for_settle, settle, _check_suite),
         "publish": StepKind("publication", ("pipelines.publish",), _for_publish, _publish, _check_name),
         "approval": approval_kind(),
     }
@@ -199,7 +212,15 @@ def _for_benchmark(trail: "Trail", task: Task) -> Ingredients:
     return Ingredients(inputs, trail.run_config(section), section.seed)
 
 
-def _check_benchmark(_: "Trail", task: Task) -> None:
+def _for_settle(trail: "Trail", task: Task) -> Ingredients:
+    assert isinstance(task.step, SettleStep)
+    suite, section = _suite(task), task.settings.settle
+    inputs = (task.input("adapter"), Artefact("suite", suite.stem, digest_of(suite.read_bytes())))
+    config = trail.put_json({"over": task.step.over, "settings": trail.run_config(section)})
+    return Ingredients(inputs, config, section.seed)
+
+
+def _check_suite(_: "Trail", task: Task) -> None:
     """A bad row is told before hours of training, not after."""
     from pipelines.benchmark.suites import read_suite
 
@@ -264,7 +285,7 @@ def _approve(trail: "Trail", task: Task) -> "Sequence[Entry]":
 
 
 def _suite(task: Task) -> Path:
-    assert isinstance(task.step, BenchmarkStep)
+    assert isinstance(task.step, BenchmarkStep | SettleStep)
     suite = task.folder / task.step.suite
     if not suite.is_file():
         raise UserError(

@@ -6,16 +6,17 @@ is a `UserError` that says where, what and how to put it right.
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from configs.errors import UserError
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PRESETS_DIRECTORY = Path(__file__).parent
+MILLION = 1_000_000
 
 
 class Section(BaseModel):
@@ -108,6 +109,22 @@ class BenchmarkSettings(Section):
     batch_size: int = Field(16, ge=1, description="answers generated at once, of base and adapter together")
 
 
+class SettleSettings(Section):
+    """What the players behind an adapter are worth, by training coalitions of them again."""
+
+    budget: int = Field(64, ge=1, description="retrains at most; the base alone costs none")
+    precision: float = Field(
+        0.05, ge=0, description="half an interval's width, as a part of what all players gain together, to stop at"
+    )
+    confidence: float = Field(0.9, gt=0, lt=1)
+    seed: int = Field(0, ge=0, description="of the draw of coalitions; the training keeps the adapter's own")
+    utility: Literal["log_likelihood", "exact_match"] = "log_likelihood"
+    max_new_tokens: int = Field(32, ge=1, description="of an answer that is matched exactly")
+    gradient_prior: bool = Field(False, description="start from what gradients predict of contributors and datasets")
+    num_workers: int = Field(2, ge=1, description="processes that train at once")
+    runs_at_once: int = Field(8, ge=1, description="coalitions a process takes at a time; kept when they are done")
+
+
 class ServeSettings(Section):
     """Gateway, replica and engine."""
 
@@ -152,6 +169,35 @@ class AttributionSettings(Section):
     base_threshold_nats: float = Field(0.05, ge=0, description="gain per token below which the base made the answer")
     seed: int = Field(0, ge=0)
     threads_per_scorer: int = Field(1, ge=1)
+
+
+class CreditSettings(Section):
+    """How a request's fee is shared out in a statement; shares in millionths, which sum to 1,000,000."""
+
+    platform_share: int = Field(
+        100_000, ge=0, le=MILLION, description="the operator's own; rounded up on every request"
+    )
+    base_share: int = Field(100_000, ge=0, le=MILLION, description="whoever made the base model")
+    adapter_share: int = Field(200_000, ge=0, le=MILLION, description="whoever trained the adapter that answered")
+    data_share: int = Field(600_000, ge=0, le=MILLION, description="the contributors, by the adapter's settled values")
+    unit: str = Field("units", min_length=1, max_length=24, description="what one integer of the fee table is worth")
+    confidence: float = Field(0.9, ge=0.5, lt=1, description="of settled intervals; a lower one pays nobody")
+    familywise: bool = Field(True, description="hold all players of a settlement to it together (Holm), not each alone")
+    near_duplicates: Literal["skeleton", "lexical", "semantic"] = Field(
+        "lexical", description="rows that earn once: equal but for spelling; or also alike in letters; or also in words"
+    )
+    lexical_similarity: float = Field(0.9, gt=0, le=1, description="Jaccard of runs of five letters, whole and answer")
+    semantic_similarity: float = Field(0.6, gt=0, le=1, description="cosine of TF-IDF over runs of 3 to 5 letters")
+
+    @model_validator(mode="after")
+    def _shares_are_whole(self) -> Self:
+        """A fee is shared out to the last unit."""
+        total = self.platform_share + self.base_share + self.adapter_share + self.data_share
+        if total != MILLION:
+            raise ValueError(
+                f"platform_share, base_share, adapter_share and data_share sum to {total:,}; make it {MILLION:,}"
+            )
+        return self
 
 
 class MlflowSettings(Section):
@@ -199,8 +245,10 @@ class Settings(Section):
     base: BaseSettings = BaseSettings()
     train: TrainSettings = TrainSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
+    settle: SettleSettings = SettleSettings()
     serve: ServeSettings = ServeSettings()
     attribution: AttributionSettings = AttributionSettings()
+    credit: CreditSettings = CreditSettings()
     mlflow: MlflowSettings = MlflowSettings()
     witness: WitnessSettings = WitnessSettings()
     cluster: ClusterSettings = ClusterSettings()

@@ -34,11 +34,13 @@ _SIGNATURES: dict[str, list[type]] = {
     "attention": [_P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _L, _I, _I],
     "add_rms_norm": [_P, _P, _P, _P, _L, _L, _F, _I, _I],
     "silu_mul": [_P, _P, _L, _L, _I, _I],
+    "layers": [_P],
+    "score_rows": [_P, _P, _P, _P, _P, _L, _L, _L, _I],
     "ask_for_large_pages": [_P, _L],
     "set_num_threads": [_I],
     "has_bf16_dot": [],
 }
-_VOID = ("rope_kv", "add_rms_norm", "silu_mul", "ask_for_large_pages", "set_num_threads")
+_VOID = ("rope_kv", "add_rms_norm", "silu_mul", "score_rows", "ask_for_large_pages", "set_num_threads")
 _log = logging.getLogger(__name__)
 
 
@@ -53,6 +55,8 @@ class Native:
     attention: Callable[..., int]
     add_rms_norm: Callable[..., None]
     silu_mul: Callable[..., None]
+    layers: Callable[..., int]
+    score_rows: Callable[..., None]
     ask_for_large_pages: Callable[..., None]
     set_num_threads: Callable[..., None]
     has_bf16_dot: bool

@@ -1,6 +1,8 @@
 """Erase a row, a record or a contributor: every table that holds the rows is written anew without them.
 
-What weights learnt from a row is not undone here: `Erasing.descendants` names what stands on it, adapters among them.
+A row's gradients and in-run scores go with its text, for text can be told from gradients. What weights learnt from a
+row is not undone here (`forget` trains again): `Erasing.descendants` names what stands on it, adapters among them, and
+the recorded optimizer states, sums over all rows of a batch, stay.
 """
 
 import shutil
@@ -35,6 +37,7 @@ from configs.errors import UserError
 from pipelines.refine.read import contributor_entries, load_decisions, load_refined
 from pipelines.refine.table import DECISIONS_FILE, ROWS_FILE, write_table
 from pipelines.refine.why import ExampleError, find_example
+from pipelines.trace_rows import remove_rows
 
 if TYPE_CHECKING:
     from attribution.trail import Draft, Entry, Trail
@@ -168,18 +171,20 @@ def _tables_with(
         if entry.leaf_hash in contributions:
             yield "dataset", entry.leaf_hash, digest
         elif entry.leaf.kind == "refinement" and trail.store.has(digest):
-            if _holds(trail.store.path_of(digest) / DECISIONS_FILE, ids):
+            if holds_any(trail.store.path_of(digest) / DECISIONS_FILE, ids):
                 yield "refined", entry.leaf_hash, digest
         elif isinstance(body, AdapterBody):
             trace = remaining(trail, body.trace)
-            if trail.store.has(trace) and _holds(trail.store.path_of(trace) / EXAMPLES_FILE, ids):
+            if trail.store.has(trace) and holds_any(trail.store.path_of(trace) / EXAMPLES_FILE, ids):
                 yield "trace", entry.leaf_hash, trace
 
 
-def _holds(file: Path, ids: pa.Array) -> bool:
+def holds_any(file: Path, ids: pa.Array) -> int:
+    """Return how many lines of a Parquet table are of these example ids; 0 for no file."""
     if not file.is_file():
-        return False
-    return bool(pc.any(pc.is_in(pq.read_table(file, columns=["example_id"]).column(0), value_set=ids)).as_py())
+        return 0
+    found = pc.is_in(pq.read_table(file, columns=["example_id"]).column(0), value_set=ids)
+    return int(pc.sum(found).as_py() or 0)
 
 
 def _requester(trail: "Trail", erasing: Erasing, name: str) -> Party:
@@ -264,9 +269,10 @@ def _rewrite_refined(
 def _rewrite_trace(
     trail: "Trail", leaf: str, digest: str, folder: Path, ids: pa.Array
 ) -> tuple[list[TableRewrite], Artefact]:
-    """Take a row's text, tokens and id out of a training trace; its gradients stay, under an id of no meaning."""
+    """Take a row's text, tokens and id out of a training trace; its gradients and in-run scores go too."""
     shutil.copytree(trail.store.get_directory(digest), folder, dirs_exist_ok=True)
     (folder / "manifest.json").unlink()
+    remove_rows(folder, set(ids.to_pylist()))
     aliases = {row_id: _alias() for row_id in ids.to_pylist()}
     examples, steps = pq.read_table(folder / EXAMPLES_FILE), pq.read_table(folder / STEPS_FILE)
     plain = examples.to_pylist()

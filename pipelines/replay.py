@@ -206,7 +206,7 @@ def _replay_refinement(trail: Trail, rehearsal: Rehearsal, entry: Entry) -> Repl
     from pipelines.refine.driver import refine
 
     record = _record_of(entry)
-    settings = _settings(trail, entry, RefineSettings)
+    settings = recorded_settings(trail, entry, RefineSettings)
     datasets = [
         leaf for leaf in entry.leaf.parents if trail.entry(leaf).leaf.kind == "dataset"
     ]  # not a workflow's patch
@@ -220,7 +220,7 @@ def _replay_adapter(trail: Trail, rehearsal: Rehearsal, entry: Entry) -> ReplayR
 
     record = _record_of(entry)
     assert isinstance(record.body, AdapterBody)
-    body, settings = record.body, _settings(trail, entry, TrainSettings)
+    body, settings = record.body, recorded_settings(trail, entry, TrainSettings)
     # The name only labels; one of an older record need not be a name that training still takes.
     report = train(rehearsal, body.dataset, name="replay", base=body.base, settings=settings)
     recorded = trail.store.get_directory(_output(record, "adapter")) / WEIGHTS_FILE
@@ -241,7 +241,7 @@ def _replay_benchmark(trail: Trail, rehearsal: Rehearsal, entry: Entry) -> Repla
 
     body = _record_of(entry).body
     assert isinstance(body, BenchmarkBody)
-    settings = _settings(trail, entry, BenchmarkSettings)
+    settings = recorded_settings(trail, entry, BenchmarkSettings)
     rehearsal.store.get_blob(body.suite)
     report = benchmark(rehearsal, body.adapter, suite=rehearsal.store.path_of(body.suite), settings=settings)
     again = _record_of(report.entry).body
@@ -264,7 +264,7 @@ def _named(trail: Trail, reference: str) -> dict[str, Entry]:
     return found if published is None else {**found, published.leaf.kind: published}
 
 
-def _settings(trail: Trail, entry: Entry, section: type[SectionT]) -> SectionT:
+def recorded_settings(trail: Trail, entry: Entry, section: type[SectionT]) -> SectionT:
     """Return the record's configuration; its floats are stored as text, which pydantic reads as numbers."""
     config = _record_of(entry).config
     if not config:

@@ -1,6 +1,7 @@
 """What the model says about one completion: gradients at every checkpoint, and the adapter's gain over the base."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attribution.influence.encode import IGNORED_LABEL
-from attribution.influence.gradients import (
-    Encoded,
-    GradientFeatures,
-    target_log_likelihoods,
-)
+from attribution.influence.factors import Encoded, LoraFactors, set_factor_weights
+from attribution.influence.gradients import GradientFeatures, target_log_likelihoods
+from attribution.influence.rows import StoreRows, TraceRows
 from attribution.influence.store import Trace, TraceError
 
 if TYPE_CHECKING:
+    from attribution.influence.codec import GradientCodec
+    from attribution.influence.gradient_store import GradientStore
     from attribution.store import Store
+
+
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class AdapterModels:
         self._adapter_path: Path | None = None
         self._model: Any = None
         self._features: tuple[tuple[int, int], GradientFeatures] | None = None
+        self._codecs: dict[Path, GradientCodec] = {}
+        self._own: dict[tuple[Path, Path], bool] = {}
         self._verified: set[Path] = set()
 
     def folder(self, store: "Store", digest: str) -> Path:
@@ -65,25 +71,89 @@ class AdapterModels:
             alone = target_log_likelihoods(model, batch)[0]
         return (adapted - alone).double().numpy()
 
+    def is_own(self, trace: Trace, adapter: Path) -> bool:
+        """Say whether an adapter's weights are those that its trace ends with: none merged, averaged or edited since."""
+        key = (trace.path, adapter)
+        if key not in self._own:
+            from safetensors.torch import load_file
+
+            served = load_file(adapter / ADAPTER_WEIGHTS_FILE)
+            trained = trace.adapter_weights(trace.checkpoint_steps[-1])
+            self._own[key] = served.keys() == trained.keys() and all(
+                torch.equal(served[name].float(), trained[name].float()) for name in served
+            )
+        return self._own[key]
+
     def features(
-        self, completion: Completion, trace: Trace, *, base: Path, adapter: Path, num_groups: int
+        self, completion: Completion, rows: "TraceRows | StoreRows", *, base: Path, adapter: Path, num_groups: int
     ) -> NDArray[np.float32]:
-        """Return float32 [checkpoints, token groups, dim] of the completion at every checkpoint of `trace`."""
+        """Return float32 [views, token groups, d] of the completion, made as the rows were."""
+        if isinstance(rows, StoreRows):
+            return self.store_features(
+                completion, rows.trace, rows.store, base=base, adapter=adapter, num_groups=num_groups
+            )
+        trace = rows.trace
         model = self._load(base, adapter)
         features = self._features_like(model, trace)
-        served = _factor_weights(features)
-        try:
+        with _served_again(features.factors):
             return np.stack(
                 [self._at(features, completion, trace, step, num_groups) for step in trace.checkpoint_steps]
             )
-        finally:
-            _set_factor_weights(features, served)
+
+    def store_features(
+        self,
+        completion: Completion,
+        trace: Trace,
+        store: "GradientStore",
+        *,
+        base: Path,
+        adapter: Path,
+        num_groups: int = 1,
+        views: Sequence[str] | None = None,
+    ) -> NDArray[np.float32]:
+        """Return float32 [views, token groups, d] for some views of a store, all by default.
+
+        One forward per view and one backward per view and group. Raises TraceError when the store is of another adapter.
+        """
+        factors = LoraFactors(self._load(base, adapter))
+        with _served_again(factors):
+            parts = [
+                self._view(factors, completion, trace, store, view, num_groups) for view in views or store.views
+            ]
+        return np.stack(parts)
+
+    def _view(
+        self,
+        factors: LoraFactors,
+        completion: Completion,
+        trace: Trace,
+        store: "GradientStore",
+        view: str,
+        num_groups: int,
+    ) -> NDArray[np.float32]:
+        codec = self._codec(store, view)
+        if list(factors.shapes) != [one.name for one in codec.factors]:
+            raise TraceError(
+                f"trace {trace.path.name}: its gradients are of other modules than the adapter's; "
+                "the trace belongs to another adapter"
+            )
+        set_factor_weights(factors, trace.adapter_weights(int(view)))
+        moments = trace.exp_avg_sq(int(view)) if codec.preconditioner == "adam" else None
+        groups = factors.group_pairs(completion.encoded, num_groups=num_groups)
+        return torch.cat([codec.encode(pairs, exp_avg_sq=moments) for pairs in groups]).cpu().numpy()
+
+    def _codec(self, store: "GradientStore", view: str) -> "GradientCodec":
+        key = store.codec_file(view)
+        if key not in self._codecs:
+            device = next(self._model.parameters()).device
+            self._codecs[key] = store.codec(view).to(device)
+        return self._codecs[key]
 
     @staticmethod
     def _at(
         features: GradientFeatures, completion: Completion, trace: Trace, step: int, num_groups: int
     ) -> NDArray[np.float32]:
-        _set_factor_weights(features, trace.adapter_weights(step))
+        set_factor_weights(features.factors, trace.adapter_weights(step))
         input_ids, labels = completion.encoded
         rows = features.token_features(input_ids, labels, exp_avg_sq=trace.exp_avg_sq(step), num_groups=num_groups)
         return rows.numpy()
@@ -111,6 +181,7 @@ class AdapterModels:
         logging.disable_progress_bar()  # its bar would be drawn over ours, and into the logs of an actor
         plain = self._model.unload() if self._model is not None and self._base_path == base else None
         self._model = self._features = self._base_path = self._adapter_path = None
+        self._codecs.clear()
         if plain is None:
             plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
             plain.requires_grad_(False)
@@ -119,23 +190,11 @@ class AdapterModels:
         return self._model
 
 
-def _factor_weights(features: GradientFeatures) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in _factors(features).items()}
-
-
-def _set_factor_weights(features: GradientFeatures, weights: Mapping[str, Tensor]) -> None:
-    """Copy LoRA weights by PEFT name into the model. Raises TraceError for a missing or misshapen one."""
-    with torch.no_grad():
-        for name, parameter in _factors(features).items():
-            value = weights.get(name)
-            if value is None or value.shape != parameter.shape:
-                raise TraceError(f"checkpoint: weight {name!r} is missing or misshapen; train the adapter again")
-            parameter.copy_(value)
-
-
-def _factors(features: GradientFeatures) -> dict[str, Tensor]:
-    return {
-        f"{module.name}.lora_{side}.weight": linear.weight
-        for module in features.modules
-        for side, linear in (("A", module.lora_a), ("B", module.lora_b))
-    }
+@contextmanager
+def _served_again(factors: LoraFactors) -> Iterator[None]:
+    """Put the factors' present weights back afterwards."""
+    served = {name: parameter.detach().clone() for name, parameter in factors.parameters().items()}
+    try:
+        yield
+    finally:
+        set_factor_weights(factors, served)

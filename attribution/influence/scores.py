@@ -10,13 +10,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attribution.influence.store import Trace
+from attribution.influence.rows import Rows
 
 Normalise = Literal["none", "cosine"]
 TINY = float(np.finfo(np.float32).tiny)
 """Put under a division whose divisor may be zero, as for an example without gradient."""
-SHARD_ROWS = 4096
-"""Training gradients read at once: at 50,000 features and float32 this is 0.8 GB."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Split:
     unattributed: float
 
 
-def score_parts(query: NDArray[np.float32], trace: Trace, *, normalise: Normalise) -> NDArray[np.float64]:
+def score_parts(query: NDArray[np.float32], rows: Rows, *, normalise: Normalise) -> NDArray[np.float64]:
     """Return float64 [c, g, n]: the part of each example's score that each checkpoint and token group contributes.
 
     The sum over c and g is the example's score, positive when including the example lowered the completion's loss.
@@ -62,12 +60,12 @@ def score_parts(query: NDArray[np.float32], trace: Trace, *, normalise: Normalis
       checkpoints weigh the same: under a rate that falls to zero, rates would silence the model that answered. K is
       one number that brings the mean magnitude back to that of "none".
     """
-    exposure = trace.exposure()
-    corrections = trace.bias_corrections()
-    parts = np.empty((*query.shape[:2], len(trace.examples)))
+    exposure = rows.exposure()
+    corrections = rows.corrections()
+    parts = np.empty((*query.shape[:2], rows.num_examples))
     raw_size = 0.0
-    for index, step in enumerate(trace.checkpoint_steps):
-        dots, lengths = _dots(query[index], trace.gradients(step))
+    for index in range(len(query)):
+        dots, lengths = rows.dots(index, query[index])
         raw = dots * exposure[index] * corrections[index]
         raw_size += float(np.abs(raw.sum(axis=0)).sum())
         if normalise == "none":
@@ -79,17 +77,6 @@ def score_parts(query: NDArray[np.float32], trace: Trace, *, normalise: Normalis
     if normalise == "cosine":
         parts *= raw_size / max(float(np.abs(parts.sum(axis=1)).sum()), TINY)
     return parts
-
-
-def _dots(query: NDArray[np.float32], rows: NDArray[np.float16]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return (query @ rows^T [g, n], lengths of rows [n]), reading the memory-mapped rows a shard at a time."""
-    dots, lengths = np.empty((len(query), len(rows))), np.empty(len(rows))
-    for start in range(0, len(rows), SHARD_ROWS):
-        shard = np.asarray(rows[start : start + SHARD_ROWS], dtype=np.float32)
-        stop = start + len(shard)
-        dots[:, start:stop] = query @ shard.T
-        lengths[start:stop] = np.linalg.norm(shard, axis=1)
-    return dots, lengths
 
 
 def sum_by_contributor(

@@ -7,7 +7,7 @@ const SIZE = { width: NARROW ? 186 : 200, height: 64, columnGap: NARROW ? 40 : 6
 const STAGE = {
   contributor: 0, key: 0, dataset: 1, refinement: 2, base_model: 2, prompt: 2, retrieval: 2, workflow_patch: 2,
   adapter: 3, benchmark: 4, approval: 4, publication: 4, adapter_loaded: 5, workflow_run: 5, completions: 6, influence: 7, statement: 8, redaction: 8,
-  workflow_effect: 6,
+  workflow_effect: 6, settlement: 5,
 };
 
 function columnsOf(nodes, parents) {

@@ -23,6 +23,7 @@ function subtitle(node) {
   if (node.kind === "publication" && has("version")) return `version ${facts.version}`;
   if (node.kind === "completions" && has("count")) return `${number(facts.count)} answer${facts.count === 1 ? "" : "s"} · ${facts.replica}`;
   if (node.kind === "influence" && facts.top?.length) return facts.top[0].share_micro <= 0 ? "nobody stands out" : `${nameOf(facts.top[0].key_id)} ${percent(facts.top[0].share_micro)}`;
+  if (node.kind === "settlement" && has("num_players")) return `${number(facts.num_players)} players · ${number(facts.num_coalitions)} coalitions`;
   return short(node.id);
 }
 
@@ -71,6 +72,13 @@ function metricTable(metrics) {
   return make("table", {}, head, ...metrics.map(row));
 }
 
+function playerTable(players) {
+  const value = (micro) => (micro / MICRO).toFixed(4);
+  const row = (p) => make("tr", {}, make("td", {}, p.name || nameOf(p.id)), make("td", {}, `${value(p.value_micro)} (${value(p.low_micro)} to ${value(p.high_micro)})`), make("td", {}, p.verdict));
+  const head = make("tr", {}, ...["Part", "Value (interval)", "Verdict"].map((title) => make("th", {}, title)));
+  return make("table", {}, head, ...players.map(row));
+}
+
 function droppedTable(dropped) {
   const row = (drop) => make("tr", {}, make("td", {}, `${words(drop.rule)}: ${drop.reason}`), make("td", {}, number(drop.count)));
   return make("table", {}, make("tr", {}, make("th", {}, "Dropped because"), make("th", {}, "Rows")), ...dropped.map(row));
@@ -87,7 +95,7 @@ function value(key, fact) {
   return code(JSON.stringify(fact));
 }
 
-const SHOWN_APART = new Set(["per_contributor", "metrics", "dropped", "top", "num_in", "num_kept", "contributors", "label"]);
+const SHOWN_APART = new Set(["per_contributor", "metrics", "dropped", "top", "players", "num_in", "num_kept", "contributors", "label"]);
 
 function factList(facts) {
   const list = make("dl");
@@ -136,6 +144,7 @@ function details(node) {
   if (node.kind === "contributor" && facts.num_in !== undefined) parts.push(...section("Rows", ...rowBars([{ key_id: facts.key_id, num_in: facts.num_in, num_kept: facts.num_kept }])));
   if (facts.dropped?.length) parts.push(...section("Why rows were dropped", droppedTable(facts.dropped)));
   if (facts.metrics?.length) parts.push(...section("Base against adapter", metricTable(facts.metrics)));
+  if (facts.players?.length) parts.push(...section("What each part was worth", playerTable(facts.players), make("p", { class: "note" }, "Measured by training without it; comparable only within this settlement.")));
   if (facts.top?.length) parts.push(...section("Contributor shares", shareBars(facts.top), make("p", { class: "note" }, "The interval is the stability of the ranking, not a causal claim.")));
   if (!facts.per_contributor?.length && node.kind !== "contributor" && node.kind !== "dataset") {
     const behind = rowsBehind(node.id);

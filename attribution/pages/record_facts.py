@@ -9,11 +9,12 @@ from attribution.mlflow_cursor import CURSOR_FILE, Cursor
 from attribution.mlflow_traces import trace_id_of
 from attribution.receipts import completion_rows
 from attribution.records import to_plain
+from attribution.settlement import player_name
 from attribution.trail import Entry, Trail
 
 MICRO = 1e6
 MAX_NEIGHBOURS = 60
-APART = frozenset({"per_contributor", "top", "metrics", "dropped", "rules"})
+APART = frozenset({"per_contributor", "top", "metrics", "dropped", "rules", "players"})
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,12 @@ def record_view(trail: Trail, lineage: Lineage, entry: Entry) -> dict[str, Any]:
         "facts": {key: fact for key, fact in body.items() if key not in APART and fact not in (None, "", [])},
         "people": _people(entry, names),
         "shares": _shares(trail, entry, after, names),
-        "metrics": [_metric(item) for item in body.get("metrics", [])],
+        "metrics": [_micros(item) for item in body.get("metrics", [])],
         "dropped": body.get("dropped", []),
+        "players": [
+            {**_micros(item), "name": item["name"] or player_name(trail, item["kind"], item["id"])}
+            for item in body.get("players", [])
+        ],
         "signers": [f"{names.get(party.key_id, party.key_id[:12])} ({party.role})" for party in record.contributors]
         if record
         else [],
@@ -125,7 +130,7 @@ def _shares(trail: Trail, entry: Entry, after: list[str], names: dict[str, str])
     ]
 
 
-def _metric(item: dict[str, Any]) -> dict[str, Any]:
+def _micros(item: dict[str, Any]) -> dict[str, Any]:
     return {
         key.removesuffix("_micro"): value / MICRO if key.endswith("_micro") else value for key, value in item.items()
     }

@@ -11,7 +11,7 @@ from attribution.pages.proofs import page_proofs
 from attribution.trail import Entry, Trail
 
 # What came of a record belongs on its page: how it was measured and named, and, of the many answers, the newest.
-CONSEQUENCES = frozenset({"dataset", "refinement", "adapter", "benchmark", "publication", "approval"})
+CONSEQUENCES = frozenset({"dataset", "refinement", "adapter", "benchmark", "publication", "approval", "settlement"})
 NEWEST_OF = {"completions": 3, "influence": 3}
 
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from attribution.lineage import Lineage, record_bundle
 from attribution.pages.record_facts import record_view, words
 from attribution.pages.show import LineagePages, find_entry
+from attribution.receipts import recent_receipts
 from attribution.search_index import SearchIndex
 from attribution.trail import Trail
 from configs.errors import UserError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from attribution.answers import Answer
+
 _FOLDER = Path(__file__).parent
 PAGE_SIZE = 50
 PATHS = {
@@ -29,6 +32,14 @@ PATHS = {
     "page": "/record/{reference}/lineage.html",
     "proof": "/record/{reference}/record.json",
     "diff": "/diff",
+    "ask": "/ask/{question}",
+}
+QUESTIONS = {
+    "who": "Who made this answer?",
+    "improved": "What improved the model?",
+    "dataset": "Which dataset mattered?",
+    "adapter": "Which adapter changed performance?",
+    "value": "What part created value?",
 }
 SANDBOX = "sandbox allow-scripts"
 
@@ -113,6 +124,48 @@ class Site:
         found = diff(self.trail, older, newer).to_dict() if older and newer else None
         return self._render("diff.jinja", request, published=published, older=older, newer=newer, diff=found)
 
+    def ask(self, request: "Request") -> "Response":
+        """One of the five questions. No model is loaded here: who made an answer is told as it was last recorded."""
+        from attribution.pages.ask import answer_view
+
+        asked = request.path_params["question"]
+        if asked not in QUESTIONS:
+            raise UserError(f"question {asked!r}: there are {', '.join(QUESTIONS)}")
+        receipt, adapter = (request.query_params.get(name, "").strip() for name in ("receipt", "adapter"))
+        answer = self._answered(asked, receipt, adapter)
+        mount = request.scope.get("root_path", "")
+        return self._render(
+            "ask.jinja",
+            request,
+            view=None if answer is None else answer_view(answer),
+            questions=QUESTIONS,
+            asked=asked,
+            receipt=receipt,
+            adapter=adapter,
+            receipts=recent_receipts(self.trail),
+            published=[item.reference for item in self.trail.registry.list(kind="adapter")],
+            record_link=lambda leaf: mount + PATHS["record"].replace("{reference}", leaf),
+        )
+
+    def _answered(self, asked: str, receipt: str, adapter: str) -> "Answer | None":
+        from attribution import questions
+        from attribution.receipt_evidence import recorded_explanation
+
+        if asked == "who":
+            if not receipt:
+                return None
+            return questions.ask_who(
+                self.trail, receipt, explain=lambda receipt: recorded_explanation(self.trail, receipt)
+            )
+        if asked == "value":
+            return questions.ask_value(self.trail)
+        of_adapter = {
+            "improved": questions.ask_improved,
+            "dataset": questions.ask_dataset,
+            "adapter": questions.ask_adapter,
+        }
+        return of_adapter[asked](self.trail, adapter or None)
+
     def refused(self, request: "Request", error: Exception) -> "Response":
         """A name that means nothing, and the like: said in words, with the way back."""
         return self._render("refused.jinja", request, status=404, message=str(error))
@@ -122,8 +175,9 @@ class Site:
 
         mount = request.scope.get("root_path", "")
 
-        def link(name: str, *, reference: str = "") -> str:
-            return mount + PATHS[name].replace("{reference}", quote(reference, safe="@:"))
+        def link(name: str, *, reference: str = "", question: str = "who") -> str:
+            path = PATHS[name].replace("{reference}", quote(reference, safe="@:"))
+            return mount + path.replace("{question}", question)
 
         mlflow = mount.rpartition("/")[0] + "/"
         text = self._templates.get_template(template).render(**values, link=link, style=self._style, mlflow=mlflow)
@@ -131,7 +185,9 @@ class Site:
 
     @cached_property
     def _style(self) -> str:
-        return (_FOLDER / "site.css").read_text(encoding="utf-8")
+        from attribution.pages.ask import style
+
+        return style()
 
     @cached_property
     def _policy(self) -> str:

@@ -1,5 +1,6 @@
-"""`trailmark ask who|improved|dataset|adapter|value`: the five questions, as tables or JSON."""
+"""`trailmark ask who|improved|dataset|adapter|value`: the five questions, as tables, JSON or a page."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from attribution.questions import Answer
+    from attribution.answers import Answer
     from attribution.trail import Trail
     from configs.schema import Settings
 
 PANEL = "Questions"
 
+HtmlOption = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write the answer as one page that loads nothing.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="NAME, NAME@VERSION or digest; all by default.")]
 ConfigOption = Annotated[str | None, typer.Option("--config", help="A YAML file or a preset (local, h200, ...).")]
@@ -33,6 +37,7 @@ def who(
     receipt: Annotated[str, typer.Argument(help="A receipt id, or its beginning; as JSON from the API: `trailmark`.")],
     as_json: JsonOption = False,
     record: Annotated[bool, typer.Option(help="Append an influence record with every example's score.")] = True,
+    html: HtmlOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Who made this answer: base or adapter, which contributors, which rows; with intervals."""
@@ -42,45 +47,54 @@ def who(
 
     settings = load_settings(config)
     trail = Trail.open(create=False)
+    started_s = time.process_time()
     with _waiting("explaining", quiet=as_json):
         answer = ask_who(trail, receipt, explain=_explainer(trail, settings, record=record))
-    _show(answer, as_json)
+    _show(answer, as_json, html, cpu_s=time.process_time() - started_s)
 
 
-def improved(as_json: JsonOption = False, adapter: AdapterOption = None, config: ConfigOption = None) -> None:
+def improved(
+    as_json: JsonOption = False, adapter: AdapterOption = None, html: HtmlOption = None, config: ConfigOption = None
+) -> None:
     """What improved the model: adapters against their base, versions against the one before."""
     from attribution.questions import ask_improved
 
-    _ask(lambda trail, settings: ask_improved(trail, adapter, resampling=_resampling(settings)), as_json, config)
+    _ask(lambda trail, settings: ask_improved(trail, adapter, resampling=_resampling(settings)), as_json, html, config)
 
 
-def dataset(as_json: JsonOption = False, adapter: AdapterOption = None, config: ConfigOption = None) -> None:
+def dataset(
+    as_json: JsonOption = False, adapter: AdapterOption = None, html: HtmlOption = None, config: ConfigOption = None
+) -> None:
     """Which dataset mattered: rows kept of each contribution, and its influence over explained answers."""
     from attribution.questions import ask_dataset
 
-    _ask(lambda trail, settings: ask_dataset(trail, adapter, resampling=_resampling(settings)), as_json, config)
+    _ask(lambda trail, settings: ask_dataset(trail, adapter, resampling=_resampling(settings)), as_json, html, config)
 
 
-def adapter(as_json: JsonOption = False, adapter: AdapterOption = None, config: ConfigOption = None) -> None:
+def adapter(
+    as_json: JsonOption = False, adapter: AdapterOption = None, html: HtmlOption = None, config: ConfigOption = None
+) -> None:
     """Which adapter changed performance: every benchmark with its interval."""
     from attribution.questions import ask_adapter
 
-    _ask(lambda trail, settings: ask_adapter(trail, adapter, resampling=_resampling(settings)), as_json, config)
+    _ask(lambda trail, settings: ask_adapter(trail, adapter, resampling=_resampling(settings)), as_json, html, config)
 
 
-def value(as_json: JsonOption = False, config: ConfigOption = None) -> None:
+def value(as_json: JsonOption = False, html: HtmlOption = None, config: ConfigOption = None) -> None:
     """What part created value: completions and tokens of each model, beside what it was measured to change."""
     from attribution.questions import ask_value
 
-    _ask(lambda trail, settings: ask_value(trail, resampling=_resampling(settings)), as_json, config)
+    _ask(lambda trail, settings: ask_value(trail, resampling=_resampling(settings)), as_json, html, config)
 
 
-def _ask(question: "Callable[[Trail, Settings], Answer]", as_json: bool, config: str | None) -> None:
+def _ask(question: "Callable[[Trail, Settings], Answer]", as_json: bool, html: Path | None, config: str | None) -> None:
     from attribution.trail import Trail
     from configs.schema import load_settings
 
     settings = load_settings(config)
-    _show(question(Trail.open(create=False), settings), as_json)
+    started_s = time.process_time()
+    answer = question(Trail.open(create=False), settings)
+    _show(answer, as_json, html, cpu_s=time.process_time() - started_s)
 
 
 def _resampling(settings: "Settings") -> Any:
@@ -128,12 +142,21 @@ def _waiting(text: str, *, quiet: bool) -> Any:
     return console.status(text) if console.is_terminal and not quiet else nullcontext()
 
 
-def _show(answer: "Answer", as_json: bool) -> None:
+def _show(answer: "Answer", as_json: bool, html: Path | None, *, cpu_s: float) -> None:
+    """Print the answer, and write its page; exit 1 when something damaged kept it from being whole."""
+    if html is not None:
+        from attribution.pages.ask import answer_html
+
+        html.write_text(answer_html(answer), encoding="utf-8")
     if as_json:
         import json
 
         typer.echo(json.dumps(answer.to_dict(), indent=2, ensure_ascii=False))
-        return
-    from cluster.commands.ask_tables import print_answer
+    else:
+        from cluster.commands.ask_tables import print_answer
 
-    print_answer(answer)
+        print_answer(answer, cpu_s=cpu_s)
+    if html is not None and not as_json:
+        typer.echo(f"page written to {html}")
+    if answer.problem:
+        raise typer.Exit(1)

@@ -1,5 +1,6 @@
 """Tables of the answers to the five questions."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -7,33 +8,55 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from attribution.answers import PROMISES
+
 if TYPE_CHECKING:
-    from attribution.questions import Answer, Finding
+    from attribution.answers import Answer, Finding
 
 BAR_WIDTH = 24
 MAX_ROW_CHARS = 110
-COUNTS = frozenset({"rows", "receipts", "tokens"})
+NUM_RECORDS = 6
+NUM_PLACES = 3
 GOOD, BAD = frozenset({"improved", "credited", "helped"}), frozenset({"worsened", "hindered"})
 
 
-def print_answer(answer: "Answer") -> None:
-    """Print an answer: what was asked, the numbers, on what they rest, and what is missing."""
+def print_answer(answer: "Answer", *, cpu_s: float | None = None) -> None:
+    """Print an answer: what was asked, the numbers, on what they rest, what they took, and what is missing."""
     console = Console()
     console.print(f"\n[bold]{escape(answer.question)}[/bold]")
     console.print(escape(answer.summary))
-    if answer.details:
+    if answer.problem:
+        console.print(f"[red]In part only:[/red] {escape(answer.problem)}")
+    if "receipt_id" in answer.details:
         console.print(*attribution_tables(answer.details), sep="\n")
+        apart = [finding for finding in answer.findings if finding.tier not in ("explain",)]
+        if apart:
+            console.print(findings_table(apart))
     elif answer.findings:
-        console.print(_findings_table(answer))
+        console.print(findings_table(answer.findings))
+    for tier in answer.tiers:
+        console.print(f"[dim]{tier}: {PROMISES[tier]}[/dim]")
     console.print(f"[dim]Method: {escape(answer.method)}; seed {answer.seed}.[/dim]")
-    if answer.links:
-        shown = ", ".join(link[:12] for link in answer.links[:6])
-        more = f" and {len(answer.links) - 6} more (--json shows all)" if len(answer.links) > 6 else ""
-        console.print(f"[dim]Records: {shown}{more}[/dim]")
+    spent = [f"{cost.amount:,.0f} {cost.unit} ({cost.what})" for cost in answer.cost]
+    spent += [] if cpu_s is None else [f"{cpu_s:.1f} CPU seconds now"]
+    if spent:
+        console.print(f"[dim]Cost: {escape('; '.join(spent))}.[/dim]")
+    _print_records(console, answer)
     for missing in answer.missing:
         console.print(
             f"[yellow]Missing[/yellow] {escape(missing.evidence)}\n  [dim]to get it: {escape(missing.remedy)}[/dim]"
         )
+
+
+def _print_records(console: Console, answer: "Answer") -> None:
+    if not answer.records:
+        return
+    shown = ", ".join(
+        f"{record.index} {record.kind} {record.leaf_hash[:12]}" for record in answer.records[:NUM_RECORDS]
+    )
+    more = len(answer.records) - NUM_RECORDS
+    console.print(f"[dim]Records: {shown}{f' and {more} more (--json shows all)' if more > 0 else ''}[/dim]")
+    console.print(f"[dim]Check one: {escape(answer.records[0].proof)}[/dim]")
 
 
 def bar(share: float, *, width: int = BAR_WIDTH) -> str:
@@ -54,6 +77,8 @@ def attribution_tables(found: dict[str, Any]) -> list[RenderableType]:
         shown.append(_contributors_table(found))
     if found["examples"]:
         shown.append(_examples_table(found))
+    if found.get("verbatim"):
+        shown.append(_verbatim_table(found["verbatim"]))
     for name, ranking in found["baselines"].items():
         order = " > ".join(escape(rank["name"]) for rank in ranking[:5])
         shown.append(f"[dim]{name} would have said: {order}[/dim]")
@@ -72,7 +97,7 @@ def _contributors_table(found: dict[str, Any]) -> Table:
         "contributor",
         "share",
         "",
-        f"{found['confidence']:.0%} interval",
+        _heading(found["confidence"]),
         "predicted gain, nats",
         title="Contributors",
         title_justify="left",
@@ -84,7 +109,7 @@ def _contributors_table(found: dict[str, Any]) -> Table:
             f"{part['share']:.1%}" if credited else "-",
             Text(bar(part["share"]), style="green"),
             f"{part['low']:.0%} to {part['high']:.0%}" if credited else "not above zero",
-            f"{part['score']:+.2f} [{part['score_low']:+.2f}, {part['score_high']:+.2f}]",
+            f"{part['score']:+.2f}{_bounds(part['score_low'], part['score_high'])}",
         )
     rest = found["unattributed"]
     table.add_row("[dim]unattributed[/dim]", f"{rest:.1%}", Text(bar(rest), style="dim"), "", "")
@@ -94,7 +119,7 @@ def _contributors_table(found: dict[str, Any]) -> Table:
 def _examples_table(found: dict[str, Any]) -> Table:
     table = Table(
         "nats",
-        f"{found['confidence']:.0%} interval",
+        _heading(found["confidence"]),
         "contributor",
         "row",
         title="Rows that helped most",
@@ -103,37 +128,58 @@ def _examples_table(found: dict[str, Any]) -> Table:
     for part in found["examples"]:
         text = " / ".join(part["text"].split("\n"))
         text = text if len(text) <= MAX_ROW_CHARS else text[: MAX_ROW_CHARS - 1] + "…"
-        interval = f"{part['low']:+.2f} to {part['high']:+.2f}"
+        interval = _bounds(part["low"], part["high"]).strip(" []")
         table.add_row(f"{part['score']:+.2f}", interval, escape(part["name"]), escape(text))
     return table
 
 
-def _findings_table(answer: "Answer") -> Table:
-    table = Table("what", "measure", "value", "interval", "verdict")
-    for finding in answer.findings:
-        interval = _interval(finding)
-        style = "green" if finding.verdict in GOOD else "red" if finding.verdict in BAD else ""
+def _heading(confidence: float | None) -> str:
+    return "interval" if confidence is None else f"{confidence:.0%} interval"
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" [{low:+.2f}, {high:+.2f}]"
+
+
+def _verbatim_table(verbatim: dict[str, Any]) -> RenderableType:
+    if not verbatim["spans"]:
+        return "[dim]No row says any two words of it verbatim.[/dim]"
+    table = Table(
+        "it says verbatim",
+        "characters",
+        "rarity, nats",
+        "rows",
+        "who wrote it (characters of the row)",
+        title=f"What rows say word for word ({verbatim['covered']:.0%} of the answer); saying it is not causing it",
+        title_justify="left",
+    )
+    for span in verbatim["spans"]:
+        places = [
+            f"{place['name']} {place['example_id'][:19]} ({place['start']}-{place['end']})"
+            for place in span["occurrences"][:NUM_PLACES]
+        ]
+        text = " / ".join(span["text"].split("\n"))
         table.add_row(
-            escape(finding.subject),
-            escape(finding.measure),
-            _value(finding),
-            interval,
-            Text(finding.verdict, style=style),
+            escape(text if len(text) <= MAX_ROW_CHARS else text[: MAX_ROW_CHARS - 1] + "…"),
+            f"{span['start']}-{span['end']}",
+            f"{span['rarity']:.1f}",
+            str(span["num_rows"]),
+            escape("\n".join(places) + ("\n…" if span["num_rows"] > len(places) else "")),
         )
     return table
 
 
-def _value(finding: "Finding") -> str:
-    if finding.unit in COUNTS:
-        return f"{finding.value:,.0f} {finding.unit}"
-    if finding.low is None:
-        return f"{finding.value:.1%}"
-    unit = "" if finding.unit == "of 1" else f" {finding.unit}"
-    return f"{finding.value:+.3f}{unit}"
-
-
-def _interval(finding: "Finding") -> str:
-    if finding.low is None or finding.high is None:
-        return ""
-    confidence = "" if finding.confidence is None else f" ({finding.confidence:.0%})"
-    return f"{finding.low:+.3f} to {finding.high:+.3f}{confidence}"
+def findings_table(findings: "Sequence[Finding]") -> Table:
+    """Return a table of findings, each with its tier."""
+    table = Table("what", "measure", "value", "interval", "verdict", "tier")
+    for finding in findings:
+        style = "green" if finding.verdict in GOOD else "red" if finding.verdict in BAD else ""
+        table.add_row(
+            escape(finding.subject),
+            escape(finding.measure),
+            escape(finding.value_text),
+            finding.interval_text,
+            Text(finding.verdict, style=style),
+            finding.tier,
+        )
+    return table

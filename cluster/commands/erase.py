@@ -46,7 +46,7 @@ def erase(
     if target is None:
         raise UserError("erase: name a row, a record or a contributor; --finish needs none")
     erasing = plan(trail, target)
-    _print_plan(erasing, "would go" if dry_run else "go")
+    print_plan(erasing, "would go" if dry_run else "go")
     if dry_run:
         return
     if not reason:
@@ -55,7 +55,8 @@ def erase(
         typer.secho(f"{entry.leaf.kind.replace('_', ' ')} recorded ({entry.leaf_hash[:12]})", fg="green")
 
 
-def _print_plan(erasing: "Erasing", verb: str) -> None:
+def print_plan(erasing: "Erasing", verb: str) -> None:
+    """Print what an erasure takes, and what stands on it."""
     from attribution.lineage import label_of
 
     num_rows = len(erasing.row_ids)

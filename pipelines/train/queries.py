@@ -110,7 +110,7 @@ def stale_warning(refresh_steps: int, *, num_steps: int) -> list[str]:
     if num_refreshes >= MIN_REFRESHES:
         return []
     return [
-        f"in-run scores: the queries' gradients are taken {num_refreshes} times in {num_steps} steps, which ranks worse; "
+        f"in-run scores: the queries' gradients are renewed {num_refreshes} times in {num_steps} steps, too few: "
         f"give fewer queries, or train.in_run_refresh_steps = {max(1, num_steps // MIN_REFRESHES)} and more time"
     ]
 

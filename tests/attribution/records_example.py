@@ -26,6 +26,7 @@ from attribution.bodies import (
 )
 from attribution.keys import SigningKey
 from attribution.records import Artefact, Party
+from attribution.settlement import SettledPlayer, Settlement, record_settlement
 from attribution.trail import Entry, Trail
 from pipelines.refine.table import REFINED
 
@@ -139,7 +140,10 @@ def explain(log: ExampleLog, receipt_id: str, shares: dict[str, tuple[float, flo
     top = tuple(
         Share(log.keys[name].key_id, *(round(value * SECOND_US) for value in values)) for name, values in shares.items()
     )
-    table = log.trail.put_table(pyarrow.table({"example_id": ["a"], "score": [0.5]}))
+    key_ids = [log.keys[name].key_id for name in shares]
+    columns = {"example_id": [f"{key[:8]}-0" for key in key_ids], "contributor": key_ids}
+    scores = [round(value * SECOND_US) for value, _, _ in shares.values()]
+    table = log.trail.put_table(pyarrow.table({**columns, "score_micro": scores}))
     leaf = log.completions[0].leaf_hash
     entry = log.trail.record(
         "influence",
@@ -151,6 +155,46 @@ def explain(log: ExampleLog, receipt_id: str, shares: dict[str, tuple[float, flo
     )
     log.influences.append(entry)
     return entry
+
+
+def settle(log: ExampleLog, values: dict[str, tuple[float, float, float]]) -> Entry:
+    """Record a settlement of the adapter: contributor name -> (value, low, high)."""
+    trail = log.trail
+    players = tuple(
+        SettledPlayer(
+            kind="contributor",
+            id=log.keys[name].key_id,
+            name=name,
+            value=value,
+            low=low,
+            high=high,
+            leave_one_out=value / 2,
+            loo_low=low / 2,
+            loo_high=high / 2,
+            p_value=0.01 if low > 0 else 0.6,
+            verdict="helped" if low > 0 else "no measurable effect",
+        )
+        for name, (value, low, high) in values.items()
+    )
+    settlement = Settlement(
+        adapter=digest_of(log.adapter),
+        suite=trail.put_json({"suite": 1}),
+        utility="mean log-likelihood of the reference answer, nats per token",
+        players=players,
+        empty_value=-4.312345,
+        full_value=-0.812345,
+        num_coalitions=32,
+        num_cells=320,
+        method="settle: ridge",
+        confidence=0.9,
+        seed=7,
+        table=trail.put_table(pyarrow.table({"coalition": ["11"], "utilities": [[0.5]]})),
+        plan=trail.put_json({"plan": 1}),
+        adapter_name="facts",
+        suite_name="fictional-facts",
+        over="contributors",
+    )
+    return record_settlement(trail, settlement)
 
 
 def prompt(log: ExampleLog, name: str, text: str, *, by: str) -> Entry:

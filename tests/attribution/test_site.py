@@ -13,7 +13,16 @@ from attribution.bodies import RedactionBody
 from attribution.log.verify import Trust, verify_bytes
 from attribution.pages.site import Site
 from attribution.trail import Trail
-from tests.attribution.records_example import PEOPLE, ExampleLog, answer, build_example_log, digest_of, explain, prompt
+from tests.attribution.records_example import (
+    PEOPLE,
+    ExampleLog,
+    answer,
+    build_example_log,
+    digest_of,
+    explain,
+    prompt,
+    settle,
+)
 
 HOSTILE = "</script><script>alert('x')</script>"
 
@@ -86,6 +95,15 @@ def test_a_record_page_says_who_what_and_where(client: TestClient, log: ExampleL
     assert "71.0%" in text_of(client, f"/record/{log.influences[0].leaf_hash}")
     assert "0.900" in text_of(client, f"/record/{log.benchmark.leaf_hash}")
     assert log.adapter.leaf_hash in text_of(client, "/record/facts@1")
+
+
+def test_the_page_of_a_settlement_says_what_each_part_was_worth(client: TestClient, log: ExampleLog) -> None:
+    entry = settle(log, {"Mira, lighthouses": (1.25, 0.75, 1.5), HOSTILE: (0.0, -0.5, 0.5)})
+    page = text_of(client, f"/record/{entry.leaf_hash}")
+    assert "facts settled over contributors on fictional-facts" in page
+    assert "no measurable effect" in page and "comparable only within this settlement" in page
+    assert HOSTILE not in page
+    assert "settlement" in text_of(client, f"/record/{log.adapter.leaf_hash}")
 
 
 def test_pages_run_no_script_and_names_stay_text(client: TestClient, log: ExampleLog) -> None:

@@ -88,7 +88,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     datasets = {}
     for name, pairs in rows.items():
         add_contributor(trail, name)
-        file = tmp_path / f"{name}-rows.jsonl"  # a record that stays may name its input
+        file = tmp_path / f"{name}-rows.jsonl"
         file.write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in pairs))
         datasets[name] = contribute(trail, file, contributor=name, licence="CC0-1.0").entry.leaf_hash
     report = driver.refine(trail, ["all"], RefineSettings(), name="facts")
@@ -192,8 +192,7 @@ def test_a_contributor_leaves_with_everything_they_signed(world: World) -> None:
     assert (
         "mira" not in Lineage(trail).contributor_names().values() and key_id not in Lineage(trail).contributor_names()
     )
-    assert not [path for path in world.holds('"name":"mira"') if path.parent.name == "records"]
-    assert not [path for path in world.holds("mira") if path.parent.name == "views"]
+    assert not [path for path in world.holds("mira") if path.parent.name in ("records", "views")]
     for entry in trail.entries():
         assert world.verify(entry).checks
     with pytest.raises(ErasureError, match="no contributor, row or record"):

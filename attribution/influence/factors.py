@@ -1,0 +1,232 @@
+"""What the gradient of each LoRA factor is made of, per example, from one forward and one backward pass of a batch.
+
+Shape legend: n examples, t token positions, r LoRA rank, l the factor's long side (in_features of A, out_features of
+B), v vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attribution.influence.encode import IGNORED_LABEL
+from attribution.influence.store import TraceError
+
+Encoded = tuple[Sequence[int], Sequence[int]]
+"""(input ids, labels) of one example, as `encode_example` returns them."""
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted linear: its PEFT name (without `.lora_A`) and its two factors."""
+
+    name: str
+    lora_a: nn.Linear
+    lora_b: nn.Linear
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.out_features
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """One factor's gradient, short side first: G[n] = sum over t of short[n, t] (outer product) long[n, t], [r, l].
+
+    Of A: short = dL/d(Ax), long = x. Of B: short = Ax, long = dL/d(BAx); G is then B's gradient transposed.
+    """
+
+    short: Tensor  # [n, t, r]
+    long: Tensor  # [n, t, l]
+
+    def gradient(self) -> Tensor:
+        """Return float32 [n, r, l]."""
+        return torch.bmm(self.short.float().mT, self.long.float())
+
+
+@dataclass
+class Activations:
+    """What one forward pass leaves behind, in module order."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # x: [n, t, in_features]
+    shrunk: dict[str, Tensor] = field(default_factory=dict)  # A x: [n, t, r]
+    expanded: dict[str, Tensor] = field(default_factory=dict)  # B A x: [n, t, out_features]
+
+
+class LoraFactors:
+    """Reads the factors' gradients of a PEFT LoRA model; leaves its mode, hooks and `.grad` as they were."""
+
+    def __init__(self, model: nn.Module, *, adapter: str = "default") -> None:
+        self.model = model
+        self.modules = tuple(_lora_modules(model, adapter))
+        if not self.modules:
+            raise ValueError(
+                f"model: no LoRA module carries the adapter {adapter!r}; load one before asking for its gradients"
+            )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Factor name -> (rank, long side), A before B, in module order."""
+        return {
+            f"{module.name}.lora_{side}": (module.rank, length)
+            for module in self.modules
+            for side, length in (("A", module.lora_a.in_features), ("B", module.lora_b.out_features))
+        }
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the live weights by PEFT name."""
+        return {
+            f"{module.name}.lora_{side}.weight": linear.weight
+            for module in self.modules
+            for side, linear in (("A", module.lora_a), ("B", module.lora_b))
+        }
+
+    def pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
+        """Return each factor's pair for the summed loss of each example, by factor name."""
+        with self.forward(batch) as (seen, logits, targets):
+            return self.backward(seen, nn.functional.cross_entropy(logits, targets, reduction="sum"))
+
+    def drawn_pairs(
+        self, batch: Sequence[Encoded], generator: torch.Generator
+    ) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
+        """Return (pairs of drawn targets, pairs of the given ones) from one forward.
+
+        Drawn: at the same positions, from the model's own distribution, which is what the true Fisher is made of.
+        """
+        with self.forward(batch) as (seen, logits, targets):
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+            losses = (nn.functional.cross_entropy(logits, to.to(logits.device), reduction="sum") for to in (drawn, targets))
+            first = self.backward(seen, next(losses), retain_graph=True)
+            return first, self.backward(seen, next(losses))
+
+    def group_pairs(self, example: Encoded, *, num_groups: int) -> Iterator[dict[str, FactorPair]]:
+        """Yield the pairs of contiguous groups of one example's target tokens; their gradients sum to the example's.
+
+        The loss of one token reaches all earlier positions, so each group has a backward of its own; they share one
+        forward. There are at most `num_groups` groups and at most one per target token.
+        """
+        with self.forward([example]) as (seen, logits, targets):
+            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+            groups = losses.tensor_split(max(1, min(num_groups, len(losses))))
+            for number, group in enumerate(groups, start=1):
+                yield self.backward(seen, group.sum(), retain_graph=number < len(groups))
+
+    @contextmanager
+    def forward(self, batch: Sequence[Encoded]) -> Iterator[tuple[Activations, Tensor, Tensor]]:
+        """Yield (activations, logits, targets) of one recorded forward pass, the latter two as `target_logits` has them."""
+        device = next(self.model.parameters()).device
+        input_ids, labels, mask = pad_batch(batch, device=device)
+        with evaluating(self.model), torch.enable_grad(), self._recording() as seen:
+            yield seen, *target_logits(self.model, input_ids, labels, mask=mask)
+
+    def backward(self, seen: Activations, loss: Tensor, *, retain_graph: bool = False) -> dict[str, FactorPair]:
+        """Return the pairs of one scalar made of `forward`'s logits."""
+        outputs = [tensor for m in self.modules for tensor in (seen.shrunk[m.name], seen.expanded[m.name])]
+        deltas = torch.autograd.grad(loss, outputs, retain_graph=retain_graph)
+        pairs = {}
+        for index, module in enumerate(self.modules):
+            shrunk = seen.shrunk[module.name].detach()
+            pairs[f"{module.name}.lora_A"] = FactorPair(deltas[2 * index], seen.inputs[module.name])
+            pairs[f"{module.name}.lora_B"] = FactorPair(shrunk, deltas[2 * index + 1])
+        return pairs
+
+    @contextmanager
+    def _recording(self) -> Iterator[Activations]:
+        seen = Activations()
+        handles = []
+        for module in self.modules:
+            handles.append(module.lora_a.register_forward_hook(_record_shrink(seen, module.name)))
+            handles.append(module.lora_b.register_forward_hook(_record_expand(seen, module.name)))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def set_factor_weights(factors: LoraFactors, weights: Mapping[str, Tensor]) -> None:
+    """Copy LoRA weights by PEFT name into the model. Raises TraceError for a missing or misshapen one."""
+    with torch.no_grad():
+        for name, parameter in factors.parameters().items():
+            value = weights.get(name)
+            if value is None or value.shape != parameter.shape:
+                raise TraceError(f"checkpoint: weight {name!r} is missing or misshapen; train the adapter again")
+            parameter.copy_(value)
+
+
+def pad_batch(batch: Sequence[Encoded], *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Right-pad examples to one length; return int64 (input_ids, labels, attention_mask), each [n, t]."""
+    longest = max(len(ids) for ids, _ in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    labels = torch.full((len(batch), longest), IGNORED_LABEL, dtype=torch.long)
+    mask = torch.zeros(len(batch), longest, dtype=torch.long)
+    for row, (ids, targets) in enumerate(batch):
+        assert len(ids) == len(targets), f"example {row}: {len(ids)} ids but {len(targets)} labels"
+        input_ids[row, : len(ids)] = torch.as_tensor(ids)
+        labels[row, : len(ids)] = torch.as_tensor(targets)
+        mask[row, : len(ids)] = 1
+    return input_ids.to(device), labels.to(device), mask.to(device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and back on afterwards for the modules that had it on."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def target_losses(model: Any, input_ids: Tensor, labels: Tensor, *, mask: Tensor) -> Tensor:
+    """Return float32 [number of targets]: negative log-likelihood (nats) of each target token, in order."""
+    logits, targets = target_logits(model, input_ids, labels, mask=mask)
+    return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def target_logits(model: Any, input_ids: Tensor, labels: Tensor, *, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (float32 logits [number of targets, v] that predict each target token, the targets), in order.
+
+    input_ids, labels and mask are [n, t] as `pad_batch` returns them. The head runs from the first target on only: over
+    a prompt it would cost a fifth of a small model's pass for logits that nobody reads.
+    """
+    has_target = (labels != IGNORED_LABEL).any(dim=0)
+    first = int(has_target.to(torch.uint8).argmax())
+    kept_positions = labels.shape[1] - first + 1 if first else labels.shape[1]
+    output = model(input_ids=input_ids, attention_mask=mask, use_cache=False, logits_to_keep=kept_positions)
+    targets = labels[:, -kept_positions:][:, 1:]
+    kept = targets != IGNORED_LABEL
+    # Only target positions are made float32: a [n, t, v] copy would be the largest tensor of the pass.
+    return output.logits[:, :-1][kept].float(), targets[kept]
+
+
+def _lora_modules(model: nn.Module, adapter: str) -> Iterator[LoraModule]:
+    for name, module in model.named_modules():
+        factors_a: Any = getattr(module, "lora_A", None)
+        if not isinstance(factors_a, nn.ModuleDict) or adapter not in factors_a:
+            continue
+        lora_a, lora_b = factors_a[adapter], module.lora_B[adapter]  # type: ignore[index]
+        assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear), f"{name}: not a linear LoRA module"
+        yield LoraModule(name=name, lora_a=lora_a, lora_b=lora_b)
+
+
+def _record_shrink(seen: Activations, name: str) -> Any:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # A frozen adapter under a frozen base has no graph to hang a gradient on; start one here.
+        output = output if output.requires_grad else output.requires_grad_()
+        seen.inputs[name], seen.shrunk[name] = inputs[0].detach(), output
+        return output
+
+    return hook
+
+
+def _record_expand(seen: Activations, name: str) -> Any:
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.expanded[name] = output
+
+    return hook

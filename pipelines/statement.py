@@ -1,0 +1,136 @@
+"""Which rows behind settled players are later copies of somebody else's: registered rows, clustered, counted.
+
+Whose a row is comes from the signed contribution that registered it, never from a column of a table made later, so that
+relabelling a refined dataset pays nobody.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import pyarrow.parquet as pq
+
+from attribution.bodies import AdapterBody, KeyRotationBody
+from attribution.priority import NearDuplicates, Priority, RegisteredRow, prioritise
+from attribution.settlement import Settlement
+from attribution.statement import ClusterLine, Copies, Policy, StatementError
+from attribution.statement_make import CopyFindings
+from pipelines.refine.read import contributions, contributor_names, load_refined, verified_rows
+
+if TYPE_CHECKING:
+    from attribution.trail import Trail
+
+MILLION = 1_000_000
+DATA_KINDS = ("contributor", "dataset")
+
+
+def find_copies(trail: "Trail", settlements: Sequence[Settlement], policy: Policy) -> CopyFindings:
+    """Return row counts and copies of the players that are made of rows, over everything registered in this log."""
+    if not settlements:
+        return CopyFindings({})
+    rows = registered_rows(trail)
+    priority = prioritise(list(rows.values()), near_duplicates(policy))
+    num_rows: Counter[tuple[str, str, str]] = Counter()
+    copies: Counter[tuple[str, str, str, str]] = Counter()
+    for settlement in settlements:
+        learnt = learnt_rows(trail, settlement.adapter, rows)
+        for kind in DATA_KINDS:
+            player_of = _players(trail, settlement, kind)
+            for row in learnt if player_of is not None else ():
+                assert player_of is not None
+                player = player_of(row)
+                num_rows[settlement.adapter, kind, player] += 1
+                if priority.owner[row.row_id] != row.contributor:
+                    owner = player_of(rows[priority.first[row.row_id]])
+                    copies[settlement.adapter, kind, player, owner] += 1
+    lines = tuple(
+        Copies(adapter, kind, player, owner, count) for (adapter, kind, player, owner), count in sorted(copies.items())
+    )
+    return CopyFindings(num_rows, lines, shared_clusters(priority, rows))
+
+
+def near_duplicates(policy: Policy) -> NearDuplicates:
+    """Return how alike rows must be under a policy."""
+    return NearDuplicates(policy.near_duplicates, policy.lexical_micro / MILLION, policy.semantic_micro / MILLION)
+
+
+def registered_rows(trail: "Trail") -> dict[str, RegisteredRow]:
+    """Return every registered row by its id. A contributor whose key was rotated is one person, by the first key."""
+    first_key = first_keys(trail)
+    rows: dict[str, RegisteredRow] = {}
+    for contribution in contributions(trail):
+        origin = contribution.origin
+        for row in pq.read_table(verified_rows(trail, contribution)).to_pylist():
+            messages = tuple((message["role"], message["content"]) for message in row["messages"] or ())
+            whose = first_key.get(origin.contributor, origin.contributor)
+            found = RegisteredRow(row["contribution_id"], whose, origin.leaf_index, row["line_number"], messages)
+            rows.setdefault(found.row_id, found)  # equal lines of one file have one id
+    return rows
+
+
+def first_keys(trail: "Trail") -> dict[str, str]:
+    """Return for each key of a contributor that took another's place the first of the chain."""
+    first: dict[str, str] = {}
+    for entry in trail.notices():
+        body = entry.record.body if entry.record is not None else None
+        if isinstance(body, KeyRotationBody) and body.role == "contributor":
+            first[body.key_id] = first.get(body.old_key_id, body.old_key_id)
+    return first
+
+
+def learnt_rows(trail: "Trail", adapter: str, rows: Mapping[str, RegisteredRow]) -> list[RegisteredRow]:
+    """Return the registered rows that an adapter was trained on; a row that was erased since is none.
+
+    Raises:
+        StatementError: the adapter's dataset gives a row to another than the contribution that registered it.
+    """
+    entry = trail.find(adapter)
+    body = entry.record.body if entry is not None and entry.record is not None else None
+    if not isinstance(body, AdapterBody):
+        return []
+    first_key, names = first_keys(trail), contributor_names(trail)
+    found = []
+    for row_id, labelled in zip(*_columns(trail, body.dataset, "example_id", "contributor"), strict=True):
+        row = rows.get(row_id)
+        if row is None:
+            continue
+        if first_key.get(labelled, labelled) != row.contributor:
+            raise StatementError(
+                f"row {row_id}: the dataset {body.dataset} of adapter {adapter} gives it to "
+                f"{names.get(labelled, labelled[:16])}, but {names.get(row.contributor, row.contributor[:16])} "
+                "registered it; refine and train again from the contributions"
+            )
+        found.append(row)
+    return found
+
+
+def _columns(trail: "Trail", dataset: str, *names: str) -> list[list[str]]:
+    table = load_refined(trail, dataset)
+    return [table.column(name).to_pylist() for name in names]
+
+
+def shared_clusters(priority: Priority, rows: dict[str, RegisteredRow]) -> tuple[ClusterLine, ...]:
+    """Return the clusters that rows of several contributors are in."""
+    found = []
+    for cluster in priority.clusters():
+        contributors = tuple(rows[row_id].contributor for row_id in cluster.row_ids)
+        if len(set(contributors)) > 1:
+            found.append(ClusterLine(contributors, cluster.row_ids))
+    return tuple(found)
+
+
+def _players(trail: "Trail", settlement: Settlement, kind: str) -> Callable[[RegisteredRow], str] | None:
+    """Say which player of a kind a row belongs to, by the settlement's id for it; None when it has none of the kind."""
+    ids = {player.id for player in settlement.players if player.kind == kind}
+    if not ids:
+        return None
+    if kind == "contributor":
+        first_key = first_keys(trail)
+        known = {first_key.get(name, name): name for name in ids}
+        return lambda row: known.get(row.contributor, row.contributor)
+    named: dict[int, str] = {}
+    for contribution in contributions(trail):
+        origin = contribution.origin
+        names = (origin.dataset, contribution.rows, contribution.name)
+        named[origin.leaf_index] = next((name for name in names if name in ids), origin.dataset)
+    return lambda row: named[row.leaf_index]

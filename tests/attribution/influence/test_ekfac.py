@@ -1,0 +1,239 @@
+"""Codecs against plain oracles: per-example gradients in a loop, explicit Fisher matrices, inverses by NumPy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from attribution.influence.codec import GradientCodec
+from attribution.influence.ekfac import FIT_BATCH, CodecSettings, fit_codec
+from attribution.influence.factors import Encoded, LoraFactors, pad_batch
+from attribution.influence.gradients import ADAM_EPS
+from tests.attribution.influence.test_gradients import BATCH, load, second_moments
+
+EVERYTHING = CodecSettings("identity", dim=1 << 20, basis_dim=512)
+SAMPLE = BATCH * 2
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Path, tiny_adapters: dict[str, Path]) -> PeftModel:
+    return load(tiny_base, tiny_adapters["rank2-attention"], trainable=True).eval()
+
+
+@pytest.fixture(scope="module")
+def factors(model: PeftModel) -> LoraFactors:
+    return LoraFactors(model)
+
+
+def looped(model: PeftModel, batch: Sequence[Encoded], labels: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    """Per-example gradients [n, r, l] by factor, one backward per example through the parameters themselves."""
+    rows: dict[str, list[Tensor]] = {}
+    for index, (ids, given) in enumerate(batch):
+        targets = torch.tensor([given])[:, 1:]
+        kept = targets != -100
+        if labels is not None:
+            targets[kept] = labels[index]
+        logits = model(input_ids=torch.tensor([ids])).logits[:, :-1]
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits[kept], targets[kept], reduction="sum").backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                factor = name.replace(".default.weight", "")
+                gradient = parameter.grad.mT if ".lora_B" in name else parameter.grad
+                rows.setdefault(factor, []).append(gradient.clone())
+    model.zero_grad()
+    return {factor: torch.stack(parts) for factor, parts in rows.items()}
+
+
+def drawn_labels(model: PeftModel, batch: Sequence[Encoded], generator: torch.Generator) -> list[Tensor]:
+    """Targets drawn from the model, example by example in the order in which the fit draws them."""
+    found = []
+    for start in range(0, len(batch), FIT_BATCH):
+        part = batch[start : start + FIT_BATCH]
+        input_ids, labels, mask = pad_batch(part)
+        with torch.no_grad():
+            logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
+        kept = labels[:, 1:] != -100
+        drawn = torch.multinomial(logits[kept].softmax(-1), 1, generator=generator)[:, 0]
+        found += drawn.split(kept.sum(1).tolist())
+    return found
+
+
+def whole(codec: GradientCodec, gradients: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Gradients [n, r * l] by factor, in the codec's order of factors."""
+    return {one.name: gradients[one.name].flatten(1).double().numpy() for one in codec.factors}
+
+
+def test_factor_pairs_are_the_loops_gradients(model: PeftModel, factors: LoraFactors) -> None:
+    pairs, expected = factors.pairs(BATCH), looped(model, BATCH)
+    assert set(pairs) == set(expected) == set(factors.shapes)
+    for name, pair in pairs.items():
+        assert pair.gradient().shape[1:] == factors.shapes[name]
+        torch.testing.assert_close(pair.gradient(), expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("preconditioner", ["identity", "adam"])
+def test_a_codec_that_keeps_everything_keeps_inner_products(
+    model: PeftModel, factors: LoraFactors, preconditioner: str
+) -> None:
+    v = second_moments(model) if preconditioner == "adam" else None
+    settings = CodecSettings(preconditioner, dim=1 << 20, basis_dim=512)  # type: ignore[arg-type]
+    codec = fit_codec(factors, SAMPLE, settings, exp_avg_sq=v)
+    rows = codec.encode(factors.pairs(BATCH), exp_avg_sq=v).double().numpy()
+    expected = np.zeros((len(BATCH), len(BATCH)))
+    for name, gradients in looped(model, BATCH).items():
+        scaled = gradients.double()
+        if v is not None:
+            moment = v[f"{name}.weight"].double()
+            scaled = scaled / ((moment.mT if ".lora_B" in name else moment).sqrt() + ADAM_EPS).sqrt()
+        flat = scaled.flatten(1).numpy()
+        expected += flat @ flat.T
+    np.testing.assert_allclose(rows @ rows.T, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert codec.energy_kept == pytest.approx(1.0)
+
+
+def test_ekfac_scores_equal_explicit_inverses(model: PeftModel, factors: LoraFactors) -> None:
+    """The Kronecker eigenbasis is built whole, the eigenvalues read off an explicit Fisher matrix, which is inverted."""
+    settings = CodecSettings("ekfac", dim=1 << 20, basis_dim=512, damping=0.1, seed=3)
+    codec = fit_codec(factors, SAMPLE, settings)
+    rows = codec.encode(factors.pairs(BATCH)).double().numpy()
+    generator = torch.Generator().manual_seed(3)
+    half = len(SAMPLE) // 2
+    drawn_labels(model, SAMPLE[:half], generator)  # the bases' draws
+    fisher_gradients = whole(codec, looped(model, SAMPLE[half:], drawn_labels(model, SAMPLE[half:], generator)))
+    gradients = whole(codec, looped(model, BATCH))
+    expected = np.zeros((len(BATCH), len(BATCH)))
+    for one in codec.factors:
+        basis = np.kron(one.short_basis.double().numpy(), one.long_basis.double().numpy())
+        np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-5)
+        fisher = fisher_gradients[one.name].T @ fisher_gradients[one.name] / half
+        eigenvalues = np.diag(basis.T @ fisher @ basis)
+        damped = basis @ np.diag(eigenvalues + 0.1 * eigenvalues.mean()) @ basis.T
+        expected += gradients[one.name] @ np.linalg.inv(damped) @ gradients[one.name].T
+    np.testing.assert_allclose(rows @ rows.T, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_the_eigenvalue_correction_is_nearer_to_the_fisher_matrix_than_kfac(
+    model: PeftModel, factors: LoraFactors
+) -> None:
+    codec = fit_codec(factors, SAMPLE, CodecSettings("ekfac", dim=1 << 20, basis_dim=512))
+    generator = torch.Generator().manual_seed(0)
+    gradients = whole(codec, looped(model, SAMPLE, drawn_labels(model, SAMPLE, generator)))
+    pairs, _ = factors.drawn_pairs(SAMPLE, torch.Generator().manual_seed(0))
+    for one in codec.factors:
+        fisher = gradients[one.name].T @ gradients[one.name] / len(SAMPLE)
+        short, long = pairs[one.name].short.flatten(0, 1).double(), pairs[one.name].long.flatten(0, 1).double()
+        basis = np.kron(torch.linalg.eigh(short.T @ short)[1].numpy(), torch.linalg.eigh(long.T @ long)[1].numpy())
+        corrected = basis @ np.diag(np.diag(basis.T @ fisher @ basis)) @ basis.T
+        kfac = np.kron((short.T @ short).numpy(), (long.T @ long).numpy()) / len(short) / len(SAMPLE)
+        assert np.linalg.norm(fisher - corrected) <= np.linalg.norm(fisher - kfac)
+
+
+def test_padding_does_not_move_the_bases(factors: LoraFactors) -> None:
+    """A fit on examples of one length is that of the same examples beside a long one that carries no loss but one."""
+    from attribution.influence.ekfac import CodecFit
+
+    settings = CodecSettings("ekfac", basis_dim=512)
+    covariances = []
+    for batch in ([BATCH[1]], [BATCH[1], (list(range(5, 40)), [-100] * 35)]):
+        fit = CodecFit(factors, settings)
+        # One generator draws for targets alone, and the long example has none.
+        fit.add_bases([*batch, *batch])
+        covariances.append(fit.sums())
+    for alone, padded in zip(*covariances, strict=True):
+        torch.testing.assert_close(alone, padded, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+
+
+def test_each_factor_is_damped_by_its_own_mean(model: PeftModel, factors: LoraFactors) -> None:
+    """A factor whose gradients are a thousand times longer gets the same whitened rows: nothing leaks between factors."""
+    name = next(iter(factors.shapes))
+    found = []
+    for factor in (1.0, 1000.0):
+        scaled = _Scaled(factors, name, factor)
+        codec = fit_codec(scaled, SAMPLE, CodecSettings("ekfac", dim=1 << 20, basis_dim=512))  # type: ignore[arg-type]
+        one = next(one for one in codec.factors if one.name == name)
+        found.append((one.encode(scaled.pairs(BATCH)[name], None), codec))
+    (plain, _), (long, codec) = found
+    torch.testing.assert_close(plain @ plain.T, long @ long.T, rtol=1e-2, atol=1e-2 * float((plain @ plain.T).max()))
+
+
+class _Scaled:
+    """Factors one of which has its gradients multiplied."""
+
+    def __init__(self, factors: LoraFactors, name: str, factor: float) -> None:
+        self._factors, self._name, self._factor = factors, name, factor
+        self.shapes = factors.shapes
+
+    def pairs(self, batch: Sequence[Encoded]) -> dict:
+        return self._longer(self._factors.pairs(batch))
+
+    def drawn_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> tuple[dict, dict]:
+        drawn, given = self._factors.drawn_pairs(batch, generator)
+        return self._longer(drawn), self._longer(given)
+
+    def _longer(self, pairs: dict) -> dict:
+        pair = pairs[self._name]
+        return {**pairs, self._name: type(pair)(pair.short * self._factor, pair.long)}
+
+
+def test_a_cut_row_keeps_the_most_energy(factors: LoraFactors) -> None:
+    everything = fit_codec(factors, SAMPLE, EVERYTHING)
+    rows = everything.encode(factors.pairs(SAMPLE[len(SAMPLE) // 2 :]))
+    energy = rows.square().mean(0)
+    assert (energy[:-1] - energy[1:]).min() >= -1e-5 * float(energy.max())
+    small = fit_codec(factors, SAMPLE, CodecSettings("identity", dim=100, basis_dim=512))
+    assert small.dim == 128
+    torch.testing.assert_close(small.encode(factors.pairs(BATCH)), everything.encode(factors.pairs(BATCH))[:, :128])
+    assert small.energy_kept == pytest.approx(float(energy[:128].sum() / energy.sum()), rel=1e-3)
+
+
+def test_a_sketched_basis_spans_the_leading_eigenvectors() -> None:
+    from attribution.influence.ekfac import _Sketch
+
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(300, 300, generator=generator)).Q
+    sizes = 0.7 ** torch.arange(300.0)
+    rows = torch.randn(500, 300, generator=generator) * sizes @ directions.T
+    sketch = _Sketch(300, 16, like=rows, seed=0)
+    for part in rows.split(100):
+        sketch.add(part)
+    basis = sketch.basis()
+    torch.testing.assert_close(basis.T @ basis, torch.eye(16), rtol=0, atol=1e-4)
+    best = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :16]
+    kept, most = (rows @ basis).square().sum(), (rows @ best).square().sum()
+    assert kept > 0.999 * most
+
+
+def test_few_rows_do_not_break_the_sketch() -> None:
+    from attribution.influence.ekfac import _Sketch
+
+    rows = torch.randn(3, 200, generator=torch.Generator().manual_seed(1))
+    sketch = _Sketch(200, 16, like=rows, seed=0)
+    sketch.add(rows)
+    basis = sketch.basis()
+    assert basis.isfinite().all()
+    torch.testing.assert_close((rows @ basis).square().sum(), rows.square().sum(), rtol=1e-3, atol=0)
+
+
+def test_a_codec_survives_its_file(factors: LoraFactors, tmp_path: Path) -> None:
+    codec = fit_codec(factors, SAMPLE, CodecSettings("ekfac", dim=256))
+    codec.save(tmp_path / "codec.safetensors")
+    again = GradientCodec.load(tmp_path / "codec.safetensors")
+    assert torch.equal(codec.encode(factors.pairs(BATCH)), again.encode(factors.pairs(BATCH)))
+    assert (again.preconditioner, again.energy_kept) == (codec.preconditioner, codec.energy_kept)
+
+
+def test_mistakes_are_named(
+    factors: LoraFactors, tiny_base: Path, tiny_adapters: dict[str, Path], model: PeftModel
+) -> None:
+    with pytest.raises(ValueError, match="no example to fit"):
+        fit_codec(factors, [], EVERYTHING)
+    with pytest.raises(ValueError, match="needs the second moments"):
+        fit_codec(factors, SAMPLE, CodecSettings("adam"))
+    other = LoraFactors(load(tiny_base, tiny_adapters["rank4-mlp"]))
+    with pytest.raises(ValueError, match="another adapter"):
+        fit_codec(factors, SAMPLE, EVERYTHING).encode(other.pairs(BATCH))
