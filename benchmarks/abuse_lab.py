@@ -35,6 +35,8 @@ RELATIONS = (
 )
 UNRELATED = ("the weather over {place} turns to", "most ships near {place} carry", "they say old {place} hides")
 MAX_TOKENS = 40
+FAMILY = 8
+LEARNING_RATE = 2e-2
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class LabSize:
     num_people: int = 8
     num_rows: int = 32
     num_asked: int = 8
-    epochs: int = 6
+    epochs: int = 8
     batch_rows: int = 32
     budget: int = 40
     hidden: int = 48
@@ -79,11 +81,14 @@ def word(random_: random.Random, num_syllables: int, *, capital: bool = False) -
 
 
 def make_facts(random_: random.Random, count: int) -> tuple[Fact, ...]:
-    """Return facts about as many names."""
-    return tuple(
-        Fact(word(random_, 3, capital=True), word(random_, 2, capital=True), random_.randrange(len(RELATIONS)))
-        for _ in range(count)
-    )
+    """Return facts in families of eight: names that begin alike, of whom one thing holds."""
+    found: list[Fact] = []
+    while len(found) < count:
+        stem, thing = word(random_, 2, capital=True), word(random_, 2, capital=True)
+        relation = random_.randrange(len(RELATIONS))
+        found += [Fact(stem + word(random_, 1), thing, relation) for _ in range(min(FAMILY, count - len(found)))]
+    random_.shuffle(found)
+    return tuple(found)
 
 
 def encode(row: tuple[str, str]) -> Encoded:
@@ -223,7 +228,7 @@ def training_run(
         for _ in range(size.epochs)
         for part in np.array_split(order.permutation(len(rows)), max(1, len(rows) // size.batch_rows))
     ]
-    rates = [8e-3 * (1 - number / len(steps)) for number in range(len(steps))]
+    rates = [LEARNING_RATE * (1 - number / len(steps)) for number in range(len(steps))]
     recipe = RunRecipe(tuple(RunStep(step, rate) for step, rate in zip(steps, rates, strict=True)))
     return LoraRun(model, [encode(row) for row in rows], recipe), owner
 
