@@ -27,6 +27,7 @@ from attribution.evidence import (
     verdict_of,
     version_change,
 )
+from attribution.in_run_evidence import in_run_findings
 from attribution.paid_evidence import newest_statement, paid_details, paid_findings
 from attribution.question_who import ask_who
 from attribution.settled_evidence import (
@@ -268,9 +269,11 @@ def _dataset_findings(trail: "Trail", adapter: MeasuredAdapter, resampling: Resa
     if refinement is None:
         return [], 0
     audited, explained = (list(recorded_scores(trail, adapter.digest, audited=flag)) for flag in (True, False))
-    findings = []
-    for tier, recorded in (("audit", audited), ("explain", explained)):
-        findings += _summed(trail, adapter, items, recorded, tier=tier, resampling=resampling)  # type: ignore[arg-type]
+    findings = [
+        *_summed(trail, adapter, items, audited, tier="audit", resampling=resampling),
+        *_summed(trail, adapter, items, explained, tier="explain", resampling=resampling),
+        *in_run_findings(trail, adapter, items, resampling),
+    ]
     return [*findings, *(_kept_finding(item, adapter, refinement) for item in items)], len(explained)
 
 
@@ -317,7 +320,7 @@ def _kept_finding(item: Contribution, adapter: MeasuredAdapter, refinement: str)
 
 
 def _dataset_summary(findings: Sequence[Finding], num_answers: int) -> str:
-    scored = [finding for finding in findings if finding.tier == "explain"]
+    scored = [finding for finding in findings if finding.tier == "explain" and finding.unit == "nats per answer"]
     if not scored:
         return "rows are counted, but no explained answer says which dataset mattered"
     helped = [finding.subject for finding in scored if finding.verdict == "helped"]
