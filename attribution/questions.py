@@ -291,7 +291,9 @@ def _summed(
         return
     leaves = [item.leaf_hash for item in items]
     sums = dataset_scores([scores for _, scores in recorded], dataset_of_examples(trail, adapter), leaves)
-    what = "predicted gain" if tier == "explain" else "exact derivative (a hint beyond 5 % of the rows)"
+    what, unit = "predicted gain", "nats per answer"
+    if tier == "audit":
+        what, unit = "exact derivative (a hint beyond 5 % of the rows)", "nats per token"
     for item in items:
         spread = resampled_mean(sums[item.leaf_hash], **asdict(resampling))
         verdict = NO_EFFECT if not spread.is_distinct else ("helped" if spread.value > 0 else "hindered")
@@ -301,7 +303,7 @@ def _summed(
             spread.value,
             spread.low,
             spread.high,
-            "nats per answer",
+            unit,
             verdict,
             (item.leaf_hash, *(leaf for leaf, _ in recorded)),
             resampling.confidence,

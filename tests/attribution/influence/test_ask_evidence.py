@@ -9,7 +9,7 @@ from attribution.answers import Answer
 from attribution.bodies import AdapterBody, InfluenceBody
 from attribution.influence.query import AdapterModels
 from attribution.influence.who import explain
-from attribution.questions import ask_dataset, ask_who
+from attribution.questions import ask_who
 from attribution.receipt_evidence import recorded_explanation
 from attribution.receipts import append_completions, new_receipt_id
 from attribution.records import Artefact
@@ -98,7 +98,6 @@ def test_an_audit_stands_before_the_scores(
         (-0.015, "lowered the answer's likelihood"),
     ]
     assert not any("leaving rows out" in missing.evidence for missing in found.missing)
-    assert body.table not in str(ask_dataset(trail).findings)
 
 
 def test_one_token_says_that_it_has_no_spread(planted: Planted, models: AdapterModels, tmp_path: Path) -> None:
