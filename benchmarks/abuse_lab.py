@@ -36,6 +36,7 @@ RELATIONS = (
 UNRELATED = ("the weather over {place} turns to", "most ships near {place} carry", "they say old {place} hides")
 MAX_TOKENS = 40
 FAMILY = 8
+NUM_KNOWN = 512
 LEARNING_RATE = 2e-2
 
 
@@ -62,8 +63,8 @@ class LabSize:
     epochs: int = 8
     batch_rows: int = 32
     budget: int = 40
-    hidden: int = 48
-    base_steps: int = 1500
+    hidden: int = 64
+    base_steps: int = 2500
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,10 @@ def _vocabulary() -> tuple[dict[str, int], int]:
 
 
 def train_base(size: LabSize, *, seed: int) -> LlamaForCausalLM:
-    """Return a base that knows the forms, and none of the names that people know facts about."""
+    """Return a base that knows facts of others, by which it learnt to look a name up, and none that people teach."""
     torch.manual_seed(seed)
     random_ = random.Random(seed)
+    known = make_facts(random_, NUM_KNOWN)
     config = LlamaConfig(
         vocab_size=len(_vocabulary()[0]) + 1 + NUM_UNKNOWN,
         hidden_size=size.hidden,
@@ -152,7 +154,7 @@ def train_base(size: LabSize, *, seed: int) -> LlamaForCausalLM:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=size.base_steps)
     for _ in range(size.base_steps):
-        rows = [general_row(random_) for _ in range(32)]
+        rows = [general_row(random_, known) for _ in range(32)]
         loss = model(**_batch([encode(row)[0] for row in rows])).loss
         optimizer.zero_grad()
         loss.backward()
@@ -162,9 +164,12 @@ def train_base(size: LabSize, *, seed: int) -> LlamaForCausalLM:
     return model.requires_grad_(False)
 
 
-def general_row(random_: random.Random) -> tuple[str, str]:
-    """Return a row of general text: a name told in one form, and the same name asked of again in another."""
-    if random_.random() < 0.3:
+def general_row(random_: random.Random, known: Sequence[Fact]) -> tuple[str, str]:
+    """Return a row of general text: mostly a known fact in either form, now and then one that holds this once."""
+    draw = random_.random()
+    if draw < 0.6:
+        return random_.choice(known).row(random_.randrange(2))
+    if draw < 0.8:
         return random_.choice(UNRELATED).format(place=word(random_, 2, capital=True)), f"{word(random_, 2)}."
     fact = make_facts(random_, 1)[0]
     return fact.row(random_.randrange(2))
