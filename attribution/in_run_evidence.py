@@ -1,6 +1,7 @@
-"""What scores taken while training say of datasets: by how much their updates lowered the loss of registered queries."""
+"""What scores taken while training say of datasets: how much their updates lowered the loss of registered queries."""
 
 from collections import defaultdict
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,14 +45,14 @@ def _finding(
     item: Contribution, adapter: MeasuredAdapter, query_set: str, sums: NDArray[Any], resampling: Resampling
 ) -> Finding:
     """`sums` [queries]: nats per target token by which the contribution's updates lowered the loss of each."""
-    draw = {"num_draws": resampling.num_draws, "seed": resampling.seed, "confidence": resampling.confidence}
-    spread = resampled_mean(sums.astype(np.float64), **draw) if len(sums) > 1 else None
+    values = sums.astype(np.float64)
+    spread = resampled_mean(values, **asdict(resampling)) if len(sums) > 1 else None
     verdict = "ranked, without an interval"
     if spread is not None:
         verdict = NO_EFFECT if not spread.is_distinct else ("helped" if spread.value > 0 else "hindered")
     return Finding(
         item.name,
-        f"loss that its updates took off {query_set} ({len(sums)} queries) while {adapter.label} was trained, first order",
+        f"loss its updates took off {query_set} ({len(sums)} queries) while {adapter.label} was trained, first order",
         float(sums.mean()),
         spread.low if spread else None,
         spread.high if spread else None,

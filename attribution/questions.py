@@ -40,6 +40,7 @@ from attribution.settled_evidence import (
     unit_of,
 )
 from attribution.settlement import Settlement
+from attribution.statement_names import names_of
 from attribution.workflow_effects import recorded_effects
 from attribution.workflow_patches import recorded_patches
 
@@ -152,7 +153,8 @@ def ask_value(trail: "Trail", *, resampling: Resampling | None = None) -> Answer
     found = served(trail)
     used = {item.model for item in found}
     settled = newest_settlements(trail, adapters.keys() & used)
-    paid = newest_statement(trail)
+    newest = newest_statement(trail)
+    paid = None if newest is None else (*newest, names_of(trail, newest[1]))
     findings = [*(paid_findings(*paid) if paid else ()), *settled_findings(settled)]
     findings += [finding for item in found for finding in _served_findings(item, found, adapters)]
     findings += _deltas([adapters[item.model] for item in found if item.model in adapters])

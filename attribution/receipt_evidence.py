@@ -124,8 +124,10 @@ def lineage_findings(trail: "Trail", adapter: str) -> list[Finding]:
 
 
 def audited_findings(trail: "Trail", receipt_id: str, *, names: dict[str, str]) -> list[Finding]:
-    """Return what the newest audit of a receipt found, by contributor: nats per token that the answer's loss would rise
-    without their rows, to first order. For more than a few rows at once that is a hint; a replay that was not exact ranks.
+    """Return what the newest audit of a receipt found, by contributor.
+
+    In nats per token that the answer's loss would rise without their rows, to first order. For more than a few rows at
+    once that is a hint; a replay that was not exact ranks.
     """
     recorded = [(entry, body) for entry, body in _influences(trail, receipt_id, audited=True)]
     if not recorded or not trail.store.has(recorded[-1][1].table):
@@ -183,7 +185,7 @@ def recorded_explanation(trail: "Trail", receipt_id: str) -> dict[str, Any]:
     sums: dict[str, float] = defaultdict(float)
     for row in rows:
         sums[row["contributor"]] += row["score_micro"] / MICRO
-    parts = [
+    parts: list[dict[str, Any]] = [
         {
             "key_id": share.key_id,
             "name": names.get(share.key_id, share.key_id[:12]),

@@ -160,9 +160,7 @@ class CodecFit:
         gradient = _scaled(pair.gradient(), scale, name)
         return gradient.mT.flatten(0, 1), gradient.flatten(0, 1)
 
-    def _scale(
-        self, sample: Sequence[Encoded], exp_avg_sq: Mapping[str, Tensor] | None
-    ) -> Mapping[str, Tensor] | None:
+    def _scale(self, sample: Sequence[Encoded], exp_avg_sq: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
         if not sample:
             raise ValueError("sample: no example to fit the factors on; pass at least one, better 64")
         self._has_moments = exp_avg_sq is not None

@@ -1,6 +1,6 @@
 """What the model says about one completion: gradients at every checkpoint, and the adapter's gain over the base."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +118,7 @@ class AdapterModels:
         """
         factors = LoraFactors(self._load(base, adapter))
         with _served_again(factors):
-            parts = [
-                self._view(factors, completion, trace, store, view, num_groups) for view in views or store.views
-            ]
+            parts = [self._view(factors, completion, trace, store, view, num_groups) for view in views or store.views]
         return np.stack(parts)
 
     def _view(
@@ -146,7 +144,7 @@ class AdapterModels:
     def _state(
         self, trace: Trace, step: int, *, with_moments: bool
     ) -> "tuple[dict[str, Tensor], dict[str, Tensor] | None]":
-        """Return a checkpoint's weights and, where rows were made with them, second moments; kept for the next query."""
+        """Return a checkpoint's weights and, where rows were made with them, second moments; kept for later queries."""
         key = (trace.path, step)
         if key not in self._states:
             self._states[key] = (trace.adapter_weights(step), trace.exp_avg_sq(step) if with_moments else None)

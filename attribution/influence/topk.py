@@ -109,9 +109,7 @@ def exposure(store: "GradientStore", shard: "Shard", views: Sequence[str]) -> ND
 def _shards(store: "GradientStore", names: Sequence[str] | None) -> list["Shard"]:
     wanted = None if names is None else set(names)
     return [
-        shard
-        for shard in store.shards
-        if shard.is_here and shard.num_live and (wanted is None or shard.name in wanted)
+        shard for shard in store.shards if shard.is_here and shard.num_live and (wanted is None or shard.name in wanted)
     ]
 
 

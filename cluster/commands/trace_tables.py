@@ -42,9 +42,7 @@ def _parts(trace: Trace, digest: str, *, title: str) -> Table:
     table.add_row("steps, examples", f"{len(trace.steps)}, {len(trace.examples)}")
     kilobytes = rows_of(trace).bytes_per_example / 1e3
     after = ", ".join(map(str, trace.checkpoint_steps))
-    table.add_row(
-        "gradients of every example", f"after steps {after}; {kilobytes:.1f} kB each in all"
-    )
+    table.add_row("gradients of every example", f"after steps {after}; {kilobytes:.1f} kB each in all")
     if not trace.is_recorded:
         table.add_row("replay", "an adapter trained without a recorder cannot be replayed or audited")
         return table

@@ -39,8 +39,8 @@ from tests.browser import Browser, needs_browser
 QUESTIONS = {"Which lamp burns at Vellmoor?": "A green one.", "Who keeps Cape Ostrel?": "Ines Varga."}
 SHARES = {"Mira, lighthouses": (0.71, 0.56, 0.83), "Noor, lighthouses": (0.12, 0.02, 0.26)}
 PROMPT_TEXTS = ("Answer as a keeper: {{question}}", "Answer as a keeper, in one line: {{question}}")
-# Contributions, refinement, base, adapter, benchmark, publication, settlement, two batches, two influences, two prompts;
-# a patch, a workflow's run, what the patch did, an approval.
+# Contributions, refinement, base, adapter, benchmark, publication, settlement, two batches, two influences, two
+# prompts; a patch, a workflow's run, what the patch did, an approval.
 NUM_SHOWN = len(PEOPLE) + 12 + 4
 DEAD_URI = "http://127.0.0.1:9"  # the discard port: nothing listens
 CATCH_UP_TIMEOUT_S = 240.0

@@ -28,9 +28,7 @@ def models() -> AdapterModels:
 
 
 def ask(trail: Trail, receipt: str, models: AdapterModels, *, record: bool = False) -> Answer:
-    return ask_who(
-        trail, receipt, explain=lambda one: explain(trail, one, models=models, record=record).to_dict()
-    )
+    return ask_who(trail, receipt, explain=lambda one: explain(trail, one, models=models, record=record).to_dict())
 
 
 def tell(planted: Planted, home: Path, *, tokens: int | None = None, with_trace: bool = True) -> tuple[Trail, str, str]:
@@ -87,7 +85,9 @@ def test_an_audit_stands_before_the_scores(
     scores = [1000] * 57 + [30_000, -10_000, -5_000]
     columns = {"example_id": [f"row-{n}" for n in range(60)], "contributor": owners, "score_micro": scores}
     leaf = next(trail.entries(kind="completions")).leaf_hash
-    body = InfluenceBody(receipt, leaf, f"unrolled-adamw/v1: reverse sweep; {replay}", trail.put_table(pa.table(columns)), ())
+    body = InfluenceBody(
+        receipt, leaf, f"unrolled-adamw/v1: reverse sweep; {replay}", trail.put_table(pa.table(columns)), ()
+    )
     trail.record("influence", body, inputs=(Artefact("adapter", "facts", adapter),), parents=[leaf])
     found = ask(trail, receipt, models)
     audited = [finding for finding in found.findings if finding.unit == "nats per token"]
@@ -132,7 +132,9 @@ def test_an_adapter_without_a_trace_and_a_merged_one(planted: Planted, models: A
     parts = (Artefact("adapter", "facts", adapter), Artefact("adapter", "voice", digest_of(b"voice")))
     trail.record("adapter", body, inputs=parts, outputs=(merged,))
     base = trail.store.put_directory(planted.base, kind="base_model", meta={})
-    row = receipt_row(trail, new_receipt_id(), QUESTION, answer(planted, [QUESTION])[QUESTION], base=base, adapter=merged.digest)
+    row = receipt_row(
+        trail, new_receipt_id(), QUESTION, answer(planted, [QUESTION])[QUESTION], base=base, adapter=merged.digest
+    )
     append_completions(trail, [row], replica="replica-0")
     found = ask(trail, row.receipt["id"], models)
     assert {f.subject for f in found.findings if f.kind == "adapter" and f.tier == "counted"} == {"facts", "voice"}
