@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from attribution.bodies import AdapterLoadedBody, Body
+from attribution.group_commit import GroupCommit
 from attribution.influence.who import ExplainSettings, explain
 from attribution.receipts import ReceiptRow, append_once
 from attribution.records import Artefact
-from attribution.trail import Trail
+from attribution.trail import MAX_GROUP, Draft, Trail
+from configs.errors import UserError
 
 if TYPE_CHECKING:
+    from attribution.influence.question import Question
+    from attribution.influence.topk import Hit
     from configs.schema import AttributionSettings
 
 NAMESPACE = "trailmark"
@@ -41,6 +45,10 @@ DETACHED: dict[str, Any] = {
     "get_if_exists": True,
     "max_restarts": -1,
 }
+
+
+class ShardMissing(UserError):
+    """A part of a gradient store is on none of the scorers' nodes."""
 
 
 class LogWriter:
@@ -110,6 +118,11 @@ class LogWriter:
         """Record anything; `fields` are those of `Trail.record`. Returns the leaf hash."""
         return self._trail.record(kind, body, **fields).leaf_hash
 
+    def append_each(self, drafts: Sequence[Draft]) -> list[str | Exception]:
+        """Record several callers' drafts in one commit; return for each its leaf hash, or the error that is its own."""
+        outcomes = self._trail.record_each([[draft] for draft in drafts])
+        return [item if isinstance(item, Exception) else item[0].leaf_hash for item in outcomes]
+
     def loaded_modules(self) -> list[str]:
         """Return the names of the packages this process has imported, for whoever checks that torch is none."""
         import sys
@@ -117,18 +130,49 @@ class LogWriter:
         return sorted({name.partition(".")[0] for name in sys.modules})
 
 
+class LogClient:
+    """Appends through the log writer for all threads of a process: calls that wait at once go in one message."""
+
+    def __init__(self) -> None:
+        self._calls: GroupCommit[Draft, str] = GroupCommit(self._send, max_requests=MAX_GROUP)
+        self._writer: Any = None
+
+    def append(self, kind: str, body: Body, **fields: Any) -> str:
+        """As `LogWriter.append`: return the leaf hash of a record, durable.
+
+        Raises what the writer raised for this record, RayError when it died with the call (the record may be in the
+        log), ValueError when none runs.
+        """
+        return self._calls.submit(Draft(kind, body, **fields))
+
+    def _send(self, drafts: Sequence[Draft]) -> Sequence[str | Exception]:
+        self._writer = self._writer or log_writer()
+        try:
+            outcomes: list[str | Exception] = ray.get(self._writer.append_each.remote(list(drafts)))
+        except ray.exceptions.RayError:
+            self._writer = None  # one that was started under the name since is found by it
+            raise
+        return outcomes
+
+
 class Scorer:
-    """Explains receipts; keeps the base model and its last answers in memory. One request at a time."""
+    """Explains receipts; keeps the base model and its last answers in memory. One request at a time.
+
+    The gradient store behind an adapter may be spread over the nodes' homes: each scorer answers for the shards that
+    its own home holds, and `top_examples_over` merges what they find.
+    """
 
     def __init__(self, home: str, settings: ExplainSettings, num_threads: int) -> None:
         import torch
 
         from attribution.influence.query import AdapterModels
+        from attribution.influence.question import OpenStores
 
         torch.set_num_threads(num_threads)
         self._trail = Trail.open(Path(home))
         self._settings = settings
         self._models = AdapterModels()
+        self._stores = OpenStores(self._trail)
         self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def ready(self) -> bool:
@@ -144,6 +188,32 @@ class Scorer:
         while len(self._answers) > NUM_CACHED_ANSWERS:
             self._answers.popitem(last=False)
         return self._answers[receipt_id]
+
+    def question(self, receipt_id: str) -> "Question":
+        """Return a receipt as a question to its adapter's gradient store. Raises UserError."""
+        from attribution.influence.question import question_of
+
+        return question_of(self._trail, receipt_id, self._models, self._stores, normalise=self._settings.normalise)
+
+    def shards(self, trace: str) -> tuple[list[str], list[str]]:
+        """Return the names of all shards of a trace's gradient store, and of those that this home holds."""
+        shards = self._stores.get(trace).shards
+        return [shard.name for shard in shards], [shard.name for shard in shards if shard.is_here]
+
+    def exposure_sums(self, question: "Question", shards: Sequence[str]) -> dict[str, list[float]]:
+        """Return what each asked view stands for, summed over the examples of each of some shards."""
+        from attribution.influence.topk import exposure_sums
+
+        return exposure_sums(self._stores.get(question.trace), question.asked.views, shards=shards)
+
+    def best(
+        self, question: "Question", shards: Sequence[str], sums: Mapping[str, Sequence[float]], k: int
+    ) -> "tuple[tuple[Hit, ...], ...]":
+        """Return the k best examples among some of this home's shards, for each query; `sums` are of all shards."""
+        from attribution.influence.topk import exposure_totals, top_examples
+
+        store = self._stores.get(question.trace)
+        return top_examples(store, question.asked, k=k, shards=shards, totals=exposure_totals(sums))
 
 
 def start(home: Path | str, settings: "AttributionSettings") -> None:
@@ -216,9 +286,44 @@ def explain_remotely(receipt_id: str) -> dict[str, Any]:
     found = scorers()
     if not found:
         raise ray.exceptions.RayActorError(error_msg="no scorer runs in this cluster")
+    answer: dict[str, Any] = _ask(found[0].explain.remote(receipt_id))
+    return answer
+
+
+def top_examples_over(scorers: Sequence[Any], receipt_id: str, *, k: int) -> "tuple[Hit, ...]":
+    """Return the k training examples that score highest for a receipt, exact over the shards that the scorers hold.
+
+    The first scorer makes the question; every shard is answered for by one scorer that holds it. The answer does not
+    depend on who holds what. Raises UserError as `question_of` does, or naming a shard that no scorer holds.
+    """
+    from attribution.influence.topk import merge
+
+    question = _ask(scorers[0].question.remote(receipt_id))
+    owned = _dealt(_ask([scorer.shards.remote(question.trace) for scorer in scorers]))
+    asked = ray.put(question)
+    busy = [(scorer, shards) for scorer, shards in zip(scorers, owned, strict=True) if shards]
+    parts = _ask([scorer.exposure_sums.remote(asked, shards) for scorer, shards in busy])
+    sums = {name: values for part in parts for name, values in part.items()}
+    found = _ask([scorer.best.remote(asked, shards, sums, k) for scorer, shards in busy])
+    return merge((part[0] for part in found), k=k)
+
+
+def _dealt(held: Sequence[tuple[list[str], list[str]]]) -> list[list[str]]:
+    """Give each shard to the scorer with the fewest among those that hold it."""
+    owned: list[list[str]] = [[] for _ in held]
+    for shard in held[0][0]:
+        holders = [index for index, (_, here) in enumerate(held) if shard in here]
+        if not holders:
+            raise ShardMissing(
+                f"shard {shard} of the gradient store: no scorer's home holds it; copy it to one of the nodes"
+            )
+        owned[min(holders, key=lambda index: len(owned[index]))].append(shard)
+    return owned
+
+
+def _ask(references: Any) -> Any:
     try:
-        answer: dict[str, Any] = ray.get(found[0].explain.remote(receipt_id))
+        return ray.get(references)
     except ray.exceptions.RayTaskError as error:
         # Ray's text is the remote traceback; the cause is the message meant for people.
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
-    return answer

@@ -359,8 +359,8 @@ class RowRedactionBody:
 class PlayerValue:
     """What one part of a system was worth: its Banzhaf value and its leave-one-out value, each with an interval.
 
-    `id` names what was switched on and off (a key id, leaf hash or digest); `p_micro` is adjusted by Holm over the
-    settlement's players and rounded up.
+    `id` names what was switched on and off (a key id, leaf hash or digest); `name` is empty where another record says
+    it, so that it can be erased there. `p_micro` is adjusted by Holm over the settlement's players and rounded up.
     """
 
     kind: Literal["contributor", "dataset", "adapter", "rule", "base", "prompt", "retrieval", "workflow_patch"]

@@ -26,6 +26,7 @@ from attribution.keys import (
 )
 from attribution.log.facts import utc
 from attribution.log.key_history import Revocation
+from attribution.log.note import NoteKey
 from attribution.records import Party
 from attribution.trust_file import LOG_KEY, OPERATOR, TrustFile
 
@@ -207,9 +208,12 @@ def _installing(trail: "Trail") -> "Callable[[Appender], None]":
 
 def _install(trail: "Trail", body: KeyRotationBody, entry: "Entry") -> None:
     """Tell trust.json, then move the files: as long as keys/next holds the key, this can be done again."""
+    from attribution.log.publisher import follow_log_key
+
     trust = TrustFile(trail.home)
     if body.role == "log":
         trust.rotate_log(bytes.fromhex(body.public_key), last_size=entry.index + 1)
+        follow_log_key(trail.home, NoteKey(trail.log.key.name, bytes.fromhex(body.public_key)))
     elif body.role == "operator":
         trust.rotate_operator(body.key_id, body.public_key, old_key_id=body.old_key_id, time_us=entry.leaf.time_us)
     _move_files(trail.keys.directory, body)

@@ -93,7 +93,7 @@ class ViewContext:
         self.cursor.put(entry.leaf_hash, "run", run_id)
         return run_id
 
-    def finish_run(self, entry: Entry, run_id: str) -> None:
+    def finish_run(self, entry: Entry, run_id: str, *, status: str = "FINISHED") -> None:
         """Store the run's lineage page, its resolved config and the record's proof, and end it at the record's time."""
         record = _record(entry)
         client = self.server.client
@@ -103,7 +103,7 @@ class ViewContext:
             config = self.trail.get_json(record.config)
             client.log_dict(run_id, config, "config.json")
             self.server.log_params(run_id, flat(config, "config."))  # MLflow lets no name have two values
-        client.set_terminated(run_id, "FINISHED", end_time=record.time_us // 1000)
+        client.set_terminated(run_id, status, end_time=record.time_us // 1000)
 
     def model(
         self, entry: Entry, *, name: str, model_type: str, params: Mapping[str, Any], note: str, run_id: str | None
@@ -163,6 +163,8 @@ class ViewContext:
 
         maker = self.trail.find(artefact.digest)
         body = None if maker is None or maker.record is None else maker.record.body
+        made = () if maker is None or maker.record is None else maker.record.outputs
+        name = next((output.name for output in made if output.digest == artefact.digest), artefact.name)
         num_rows = getattr(body, "num_rows", getattr(body, "num_kept", None))
         profile = {} if num_rows is None else {"num_rows": num_rows}
         source = {"digest": artefact.digest, **({"leaf": maker.leaf_hash} if maker else {})}
@@ -170,7 +172,7 @@ class ViewContext:
         if maker is not None:
             tags[TAG_LEAF] = maker.leaf_hash
         data = Dataset(
-            artefact.name, input_digest(artefact.digest), "trailmark", json.dumps(source), profile=json.dumps(profile)
+            name, input_digest(artefact.digest), "trailmark", json.dumps(source), profile=json.dumps(profile)
         )
         return data, tags
 

@@ -19,6 +19,7 @@ from attribution.mlflow_prompts import TAG_TEXT, prompt_tags, registered, templa
 from attribution.mlflow_runs import registered_name
 from attribution.mlflow_server import TAG_LEAF, UNSHOWABLE
 from attribution.mlflow_traces import rows_of, trace_id_of
+from attribution.mlflow_workflows import WORKFLOW_KINDS
 from attribution.trail import Entry
 
 Role = Literal["run", "model", "version", "dataset", "prompt", "trace", "assessment"]
@@ -135,6 +136,8 @@ def _expected_of(context: ViewContext, entry: Entry) -> Iterator[Expected]:
             yield Expected("model", leaf, leaf, tags)
         if kind == "refinement":
             yield Expected("dataset", leaf, leaf, row_tags(context, entry, shown_rows(context, entry)))
+    elif kind in WORKFLOW_KINDS:
+        yield Expected("run", leaf, leaf, context.tags(entry, digest=None))
     elif isinstance(body, PromptBody):
         yield Expected("prompt", leaf, leaf, {**prompt_tags(context, entry), TAG_TEXT: template_of(context, entry)})
     elif isinstance(body, BenchmarkBody | SettlementBody):

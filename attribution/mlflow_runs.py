@@ -17,6 +17,7 @@ from attribution.mlflow_datasets import write_rows
 from attribution.mlflow_notes import escape
 from attribution.mlflow_server import TAG_NOTE, create_once
 from attribution.records import Artefact
+from attribution.settlement import player_name
 from attribution.store import StoreError
 from attribution.trail import Entry
 
@@ -160,8 +161,9 @@ def write_settlement(context: ViewContext, entry: Entry) -> None:
     assert entry.record is not None and isinstance(entry.record.body, SettlementBody)
     record, body = entry.record, entry.record.body
     lines = [
-        f"- {escape(player.name)} ({player.kind}): **{player.value_micro / MICRO:+.4f}** "
-        f"({player.low_micro / MICRO:+.4f} to {player.high_micro / MICRO:+.4f}), {player.verdict}"
+        f"- {escape(player.name or player_name(context.trail, player.kind, player.id))} ({player.kind}): "
+        f"**{player.value_micro / MICRO:+.4f}** ({player.low_micro / MICRO:+.4f} to "
+        f"{player.high_micro / MICRO:+.4f}), {player.verdict}"
         for player in body.players
     ]
     summary = (

@@ -27,6 +27,12 @@ from attribution.mlflow_runs import (
 )
 from attribution.mlflow_server import TAG_NOTE, UNSHOWABLE, MlflowServer, ViewUnavailable, translated_errors
 from attribution.mlflow_traces import write_completions, write_influence
+from attribution.mlflow_workflows import (
+    write_approval,
+    write_workflow_effect,
+    write_workflow_patch,
+    write_workflow_run,
+)
 from attribution.pages.show import LineagePages
 from attribution.trail import Entry, Trail
 
@@ -44,6 +50,10 @@ WRITERS: dict[str, Callable[[ViewContext, Entry], None]] = {
     "prompt": write_prompt,
     "completions": write_completions,
     "influence": write_influence,
+    "workflow_run": write_workflow_run,
+    "workflow_patch": write_workflow_patch,
+    "workflow_effect": write_workflow_effect,
+    "approval": write_approval,
     "redaction": write_redaction,
     "settlement": write_settlement,
 }

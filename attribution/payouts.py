@@ -53,23 +53,25 @@ class Claim:
 
     moved: value that was another player's, because the rows behind it are later copies of this one's.
     is_copy: every row of the player is a later copy, so that nothing is left of its own.
+    settled_p_micro: the settlement's own chance of such a value without any effect (two-sided, Holm over its players,
+    in millionths); 0 where none is known, or where the value was joined with that of copies.
     """
 
     kind: str
     id: str
-    name: str
     value: int
     low: int
     high: int
     moved: int = 0
     is_copy: bool = False
+    settled_p_micro: int = 0
 
 
 @dataclass(frozen=True)
 class Payout:
     """A claim and its money: `amount` is paid, `low` and `high` are the amounts at the ends of the value's interval.
 
-    p_micro: chance of such a value with no effect at all, after Holm where that is asked for, in millionths.
+    p_micro: one-sided chance of such a value with no effect at all, after Holm where that is asked for, in millionths.
     """
 
     claim: Claim
@@ -119,12 +121,13 @@ def allocate(pool: int, claims: Sequence[Claim], *, gain: int, confidence: float
 
     confidence: that of the intervals, two-sided. A player passes when its lower bound is above zero and, with
     `familywise`, when Holm's step-down keeps the chance of paying any player without effect under (1 - confidence) / 2,
-    however many names join.
+    however many names join; the settlement's own test, which knows the shape of its errors, must agree.
     """
     ordered = sorted(claims, key=lambda claim: (claim.kind, claim.id))
     chances = _chances(ordered, confidence=confidence)
     if familywise:
-        chances = _holm(chances)
+        settled = (claim.settled_p_micro / MICRO / 2 for claim in ordered)
+        chances = [max(pair) for pair in zip(_holm(chances), settled, strict=True)]
     limit = (1 - confidence) / 2
     passed = [
         not claim.is_copy and claim.low > 0 and claim.value > 0 and chance <= limit + 1e-12

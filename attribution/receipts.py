@@ -24,6 +24,7 @@ from configs.errors import UserError
 
 if TYPE_CHECKING:
     from attribution.receipt_index import ReceiptIndex
+    from attribution.staging import Draft
     from attribution.trail import Entry, Trail
 
 RECEIPT_BUNDLE_TYPE = "https://trailmark.dev/receipt/v1"
@@ -31,6 +32,7 @@ RECEIPT_VERSION = 1
 ID_PREFIX = "rcpt_"
 ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base32: no i, l, o, u to misread
 TIME_BITS, RANDOM_BITS = 48, 80
+NO_ROWS = "rows: empty; a completions record has at least one receipt"
 
 
 class ReceiptError(UserError):
@@ -115,8 +117,47 @@ def append_completions(trail: "Trail", rows: Sequence[ReceiptRow], *, replica: s
         ReceiptError: no row, a malformed receipt, another replica's receipt, a salt of the wrong length, or one id
             twice.
     """
+    return trail.record_many([_draft(trail, rows, replica)])[0]
+
+
+def append_once(trail: "Trail", rows: Sequence[ReceiptRow], *, replica: str) -> str:
+    """Record rows in one commit, a batch for each adapter and prompt, but those the log has: a reply may be lost.
+
+    A batch names one of each, so that its receipts stay small and tell nobody what else was asked at that time.
+    Returns the leaf hash of the record that holds the last row. Two at a time could both find a row missing: the caller
+    keeps calls with one row in common apart, and other writers are fenced.
+
+    Raises:
+        ReceiptError: as `append_completions`, or an id that another receipt in the log has.
+    """
+    places = _index(trail).places([parse_receipt(row.receipt).id for row in rows])
+    leaf_hashes = {place.leaf_hash for place in places.values()}
+    tables = {leaf_hash: completion_rows(trail, trail.entry(leaf_hash)) for leaf_hash in leaf_hashes}
+    new: dict[tuple[str | None, str | None], list[ReceiptRow]] = {}
+    for row in rows:
+        place = places.get(row.receipt["id"])
+        if place is None:
+            new.setdefault(_made_with(row), []).append(row)
+        # An erased batch has no rows to compare with; its ids are taken all the same.
+        elif (table := tables[place.leaf_hash]) and _commitment(table[place.inner_index]) != _commitment(row):
+            raise ReceiptError(f"receipt {place.receipt_id}: the log has another receipt of this id; give it a new id")
     if not rows:
-        raise ReceiptError("rows: empty; a completions record has at least one receipt")
+        raise ReceiptError(NO_ROWS)
+    entries = trail.record_many([_draft(trail, batch, replica) for batch in new.values()])
+    made = {batch: entry.leaf_hash for batch, entry in zip(new, entries, strict=True)}
+    place = places.get(rows[-1].receipt["id"])
+    return made[_made_with(rows[-1])] if place is None else place.leaf_hash
+
+
+def _made_with(row: ReceiptRow) -> tuple[str | None, str | None]:
+    return row.receipt["adapter"], row.receipt["prompt_version"]
+
+
+def _draft(trail: "Trail", rows: Sequence[ReceiptRow], replica: str) -> "Draft":
+    from attribution.staging import Draft
+
+    if not rows:
+        raise ReceiptError(NO_ROWS)
     receipts = [parse_receipt(row.receipt) for row in rows]
     if len({receipt.id for receipt in receipts}) != len(rows):
         raise ReceiptError("rows: one receipt id occurs twice")
@@ -137,34 +178,8 @@ def append_completions(trail: "Trail", rows: Sequence[ReceiptRow], *, replica: s
         last_time_us=max(receipt.time_us for receipt in receipts),
         table=table,
     )
-    return trail.record(
-        "completions", body, inputs=_artefacts(receipts), outputs=(Artefact("receipts", replica, table),)
-    )
-
-
-def append_once(trail: "Trail", rows: Sequence[ReceiptRow], *, replica: str) -> str:
-    """As `append_completions`, leaving out rows the log has: what a caller does whose reply was lost.
-
-    Returns the leaf hash of the new record, or of the one that holds the last row when all are known. Two at a time
-    could both find a row missing: the caller keeps calls with one row in common apart, and other writers are fenced.
-
-    Raises:
-        ReceiptError: as `append_completions`, or an id that another receipt in the log has.
-    """
-    places = _index(trail).places([parse_receipt(row.receipt).id for row in rows])
-    leaf_hashes = {place.leaf_hash for place in places.values()}
-    tables = {leaf_hash: completion_rows(trail, trail.entry(leaf_hash)) for leaf_hash in leaf_hashes}
-    new = []
-    for row in rows:
-        place = places.get(row.receipt["id"])
-        if place is None:
-            new.append(row)
-        # An erased batch has no rows to compare with; its ids are taken all the same.
-        elif (table := tables[place.leaf_hash]) and _commitment(table[place.inner_index]) != _commitment(row):
-            raise ReceiptError(f"receipt {place.receipt_id}: the log has another receipt of this id; give it a new id")
-    if new or not rows:
-        return append_completions(trail, new, replica=replica).leaf_hash
-    return places[rows[-1].receipt["id"]].leaf_hash
+    inputs = [*_artefacts(receipts), *_prompts(trail, receipts)]
+    return Draft("completions", body, inputs=inputs, outputs=(Artefact("receipts", replica, table),))
 
 
 def completion_rows(trail: "Trail", entry: "Entry") -> list[ReceiptRow]:
@@ -208,7 +223,7 @@ def rebuild_receipt_index(trail: "Trail") -> int:
 
 def receipt_content(trail: "Trail", receipt_id: str) -> dict[str, Any]:
     """Return the private content of a receipt: messages or prompt, token ids, the text of the answer."""
-    content: dict[str, Any] = trail.get_json(_required(trail, receipt_id).row.content)
+    content: dict[str, Any] = trail.get_json(required_receipt(trail, receipt_id).row.content)
     return content
 
 
@@ -220,10 +235,9 @@ def receipt_bundle(trail: "Trail", receipt_id: str) -> dict[str, Any]:
     from attribution.lineage import Lineage
     from attribution.notices import prove_with_notices
 
-    stored = _required(trail, receipt_id)
-    rows = completion_rows(trail, trail.entry(stored.leaf_hash))
-    path = _inner_tree(rows).inclusion_path(stored.inner_index)
-    lineage = Lineage(trail).closure(_makers(trail, parse_receipt(stored.row.receipt), stored.leaf_hash))
+    stored = required_receipt(trail, receipt_id)
+    path = inner_path(trail, stored)
+    lineage = Lineage(trail).closure(makers_of(trail, parse_receipt(stored.row.receipt), stored.leaf_hash))
     (record, *ancestors), notices = prove_with_notices(trail, [stored.leaf_hash, *lineage])
     return {
         "type": RECEIPT_BUNDLE_TYPE,
@@ -236,23 +250,34 @@ def receipt_bundle(trail: "Trail", receipt_id: str) -> dict[str, Any]:
     }
 
 
-def _makers(trail: "Trail", receipt: Receipt, completions: str) -> list[str]:
-    """The records a receipt stands on: those that made its adapter and base, and the publication of its model name."""
-    named = {receipt.base, receipt.adapter} - {None}
+def inner_path(trail: "Trail", stored: StoredReceipt) -> list[bytes]:
+    """Return the path of a receipt to the root of its batch, 32 bytes a node, leaf side first."""
+    return _inner_tree(completion_rows(trail, trail.entry(stored.leaf_hash))).inclusion_path(stored.inner_index)
+
+
+def makers_of(trail: "Trail", receipt: Receipt, completions: str) -> list[str]:
+    """Return the records a receipt stands on: those that made its adapter, base and prompt, and that named them."""
+    entry = trail.entry(completions)
+    prompts = {item.digest for item in entry.record.inputs if item.kind == "prompt"} if entry.record else set()
+    named = {receipt.base, receipt.adapter, *(prompts if receipt.prompt_version else ())} - {None}
     makers = []
-    for parent in trail.entry(completions).leaf.parents:
+    for parent in entry.leaf.parents:
         record = trail.entry(parent).record
         if record is not None and any(output.digest in named for output in record.outputs):
             makers.append(parent)
-    made_at = trail.entry(completions).leaf.time_us
-    for published in trail.registry.list(kind="adapter"):
-        is_named = receipt.adapter_name in (published.reference, published.name)
-        if is_named and published.digest == receipt.adapter and published.time_us <= made_at:
+    for published in trail.registry.list():
+        is_adapter = published.digest == receipt.adapter and receipt.adapter_name in (
+            published.reference,
+            published.name,
+        )
+        is_prompt = published.kind == "prompt" and published.reference == receipt.prompt_version
+        if (is_adapter or is_prompt) and published.time_us <= entry.leaf.time_us:
             makers.append(published.leaf_hash)
     return makers
 
 
-def _required(trail: "Trail", receipt_id: str) -> StoredReceipt:
+def required_receipt(trail: "Trail", receipt_id: str) -> StoredReceipt:
+    """Return the receipt whose id is, or alone begins with, `receipt_id`. ReceiptError when the log has it not."""
     stored = find_receipt(trail, receipt_id)
     if stored is None:
         raise ReceiptError(
@@ -281,6 +306,19 @@ def _artefacts(receipts: Sequence[Receipt]) -> list[Artefact]:
     bases = sorted({receipt.base for receipt in receipts})
     found = [Artefact("adapter", adapters[digest], digest) for digest in sorted(adapters)]
     return found + [Artefact("base_model", "base", digest) for digest in bases]
+
+
+def _prompts(trail: "Trail", receipts: Sequence[Receipt]) -> list[Artefact]:
+    """The registered prompts that a batch was made with, each once."""
+    from attribution.registry import RegistryError
+
+    try:
+        return [
+            Artefact("prompt", name, trail.registry.resolve(name, kind="prompt").digest)
+            for name in sorted({receipt.prompt_version for receipt in receipts if receipt.prompt_version})
+        ]
+    except RegistryError as error:
+        raise ReceiptError(f"receipt.prompt_version: {error}") from error
 
 
 def _as_object(value: object) -> Any:

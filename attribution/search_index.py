@@ -6,12 +6,12 @@ What was erased from the records leaves the index with the next look at the log.
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attribution.bodies import RedactionBody
 from attribution.lineage import Lineage, label_of
+from attribution.log_view import LogView
 from attribution.records import to_plain
 from attribution.trail import Entry, Trail
 
@@ -21,10 +21,8 @@ CREATE TABLE IF NOT EXISTS record (
 );
 CREATE INDEX IF NOT EXISTS record_by_kind ON record (kind, log_index);
 CREATE VIRTUAL TABLE IF NOT EXISTS content USING fts5 (text, tokenize = 'trigram');
-CREATE TABLE IF NOT EXISTS cursor (one INTEGER PRIMARY KEY CHECK (one = 1), next_index INTEGER, last_leaf TEXT);
 """
 TRIGRAM = 3  # shorter words are looked for in labels alone
-BUSY_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,8 @@ class SearchIndex:
     def __init__(self, trail: Trail, lineage: Lineage) -> None:
         self._trail = trail
         self._lineage = lineage
-        self._path = trail.home / "views" / "search.sqlite"
+        tables = ("record", "content")
+        self._view = LogView(trail, "search.sqlite", schema=SCHEMA, tables=tables, take_in=self._take_in)
 
     def find(self, words: str, *, kind: str = "", before: int | None = None, limit: int = 50) -> list[Hit]:
         """Return the newest records before log index `before` that hold every word, newest first."""
@@ -53,60 +52,28 @@ class SearchIndex:
             conditions, values = [*conditions, "log_index < ?"], [*values, before]
         where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
         query = f"SELECT log_index, leaf, kind, time_us, label FROM record {where} ORDER BY log_index DESC LIMIT ?"
-        with self._caught_up() as database:
+        with self._view.open() as database:
             return [Hit(*row) for row in database.execute(query, (*values, limit))]
 
     def counts(self, words: str) -> dict[str, int]:
         """Return how many records of each kind hold every word, most first."""
         conditions, values = _conditions(words.split(), "")
         where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-        with self._caught_up() as database:
+        with self._view.open() as database:
             rows = database.execute(
                 f"SELECT kind, count(*) FROM record {where} GROUP BY kind ORDER BY 2 DESC, 1", values
             )
             return {str(kind): int(count) for kind, count in rows}
 
-    @contextmanager
-    def _caught_up(self) -> Iterator[sqlite3.Connection]:
-        self._path.parent.mkdir(mode=0o700, exist_ok=True)
-        with closing(sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as database:
-            database.execute("PRAGMA journal_mode=WAL")
-            database.executescript(SCHEMA)
-            self._trail.refresh()
-            if self._next_index(database) != self._trail.log.size:
-                self._take_in(database)
-            yield database
-
-    def _take_in(self, database: sqlite3.Connection) -> None:
-        database.execute("BEGIN IMMEDIATE")
+    def _take_in(self, database: sqlite3.Connection, start: int) -> None:
         names = self._lineage.contributor_names()
-        try:
-            for entry in self._trail.entries(start=self._next_index(database)):
-                _insert(database, entry, names)
-                if entry.record is not None and isinstance(entry.record.body, RedactionBody):
-                    erased = self._trail.entry(entry.record.body.leaf)
-                    for table, column in (("record", "log_index"), ("content", "rowid")):
-                        database.execute(f"DELETE FROM {table} WHERE {column} = ?", (erased.index,))
-                    _insert(database, erased, names)
-            size = self._trail.log.size
-            newest = self._trail.log.leaf_hash(size - 1)
-            database.execute("INSERT OR REPLACE INTO cursor VALUES (1, ?, ?)", (size, newest))
-            database.execute("COMMIT")
-        except BaseException:
-            database.execute("ROLLBACK")
-            raise
-
-    def _next_index(self, database: sqlite3.Connection) -> int:
-        """The first log index not taken in yet; 0, and empty tables, when the file belongs to another log."""
-        row = database.execute("SELECT next_index, last_leaf FROM cursor").fetchone()
-        if row is None:
-            return 0
-        log = self._trail.log
-        if row[0] <= log.size and log.leaf_hash(row[0] - 1) == row[1]:
-            return int(row[0])
-        for table in ("record", "content", "cursor"):
-            database.execute(f"DELETE FROM {table}")
-        return 0
+        for entry in self._trail.entries(start=start):
+            _insert(database, entry, names)
+            if entry.record is not None and isinstance(entry.record.body, RedactionBody):
+                erased = self._trail.entry(entry.record.body.leaf)
+                for table, column in (("record", "log_index"), ("content", "rowid")):
+                    database.execute(f"DELETE FROM {table} WHERE {column} = ?", (erased.index,))
+                _insert(database, erased, names)
 
 
 def _conditions(words: Sequence[str], kind: str) -> tuple[list[str], list[str | int]]:

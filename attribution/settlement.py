@@ -23,6 +23,9 @@ MAX_PLAYERS_IN_RECORD = 64
 """Players in the record itself: with a long name one takes 900 bytes of its envelope, which ends at 64 KB."""
 MAX_NAME_CHARS = 80
 
+NAMED_ELSEWHERE = frozenset({"contributor", "dataset", "adapter"})
+"""Kinds whose names stand in records of their own, which may be erased."""
+
 PlayerKind = Literal["contributor", "dataset", "adapter", "rule", "base", "prompt", "retrieval", "workflow_patch"]
 SettledVerdict = Literal["helped", "hindered", "no measurable effect"]
 
@@ -87,8 +90,12 @@ class Settlement:
         return TIER
 
 
-def record_settlement(trail: "Trail", settlement: Settlement, *, config: str | None = None) -> "Entry":
+def record_settlement(
+    trail: "Trail", settlement: Settlement, *, config: str | None = None, workflow: Artefact | None = None
+) -> "Entry":
     """Append a `settlement` record, with the adapter, its base, its dataset and the suite as inputs.
+
+    `workflow`: the definition of the workflow that asked, an input too.
 
     Raises:
         SettlementError: the adapter has no record any more, or the settlement has no players.
@@ -107,7 +114,7 @@ def record_settlement(trail: "Trail", settlement: Settlement, *, config: str | N
     return trail.record(
         "settlement",
         body,
-        inputs=(adapter, *made.record.inputs[:2], suite),
+        inputs=(adapter, *made.record.inputs[:2], suite, *([workflow] if workflow else [])),
         outputs=(
             Artefact("table", f"{body.adapter_name}.values", values),
             Artefact("table", f"{body.adapter_name}.coalitions", body.table),
@@ -126,6 +133,24 @@ def settlements(trail: "Trail", adapter: str | None = None) -> list[Settlement]:
         if isinstance(body, SettlementBody) and adapter in (None, body.adapter):
             found.append(settlement_of(trail, entry))
     return found
+
+
+def player_name(trail: "Trail", kind: str, player_id: str) -> str:
+    """Return what a player is called today: by the record that says so, or by its id where that was erased."""
+    from attribution.lineage import Lineage
+
+    found: str | None = None
+    if kind == "contributor":
+        found = Lineage(trail).contributor_names().get(player_id)
+    else:
+        entry = trail.find(player_id) if player_id.startswith("sha256:") else _entry(trail, player_id)
+        body = entry.record.body if entry is not None and entry.record is not None else None
+        found = getattr(body, "name", None)
+    return found or player_id.removeprefix("sha256:")[:12]
+
+
+def _entry(trail: "Trail", leaf_hash: str) -> "Entry | None":
+    return None if trail.log.index_of(leaf_hash) is None else trail.entry(leaf_hash)
 
 
 def settlement_of(trail: "Trail", entry: "Entry") -> Settlement:
@@ -186,7 +211,7 @@ def _in_micros(player: SettledPlayer) -> PlayerValue:
     return PlayerValue(
         kind=player.kind,
         id=player.id,
-        name=player.name[:MAX_NAME_CHARS],
+        name="" if player.kind in NAMED_ELSEWHERE else player.name[:MAX_NAME_CHARS],
         value_micro=round(player.value * MICRO),
         low_micro=math.floor(player.low * MICRO),
         high_micro=math.ceil(player.high * MICRO),
@@ -198,11 +223,11 @@ def _in_micros(player: SettledPlayer) -> PlayerValue:
     )
 
 
-def _of_micros(value: Mapping[str, Any]) -> SettledPlayer:
+def _of_micros(trail: "Trail", value: Mapping[str, Any]) -> SettledPlayer:
     return SettledPlayer(
         kind=value["kind"],
         id=value["id"],
-        name=value["name"],
+        name=value["name"] or player_name(trail, value["kind"], value["id"]),
         value=value["value_micro"] / MICRO,
         low=value["low_micro"] / MICRO,
         high=value["high_micro"] / MICRO,
@@ -224,10 +249,10 @@ def _values_table(players: Sequence[SettledPlayer]) -> Any:
 def _players(trail: "Trail", body: SettlementBody, leaf_hash: str) -> list[SettledPlayer]:
     """All players: those in the record, or, where it had no room for all, those in its table."""
     if len(body.players) == body.num_players:
-        return [_of_micros(vars(player)) for player in body.players]
+        return [_of_micros(trail, vars(player)) for player in body.players]
     if not trail.store.has(body.values):
         raise SettlementError(
             f"settlement {leaf_hash}: its table of {body.num_players} values ({body.values}) is not in the store; "
             "restore it from a copy, or settle again"
         )
-    return [_of_micros(row) for row in trail.get_table(body.values).to_pylist()]
+    return [_of_micros(trail, row) for row in trail.get_table(body.values).to_pylist()]

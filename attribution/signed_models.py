@@ -4,6 +4,7 @@ The record binds the P-256 key and the signature to the operator's Ed25519 key: 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,8 @@ class SignedModels:
         history = self._trust.history()
         for notice in notices:
             if notice.record is not None and notice.envelope is not None:
-                history.learn(notice.index, notice.record, notice.envelope)
+                with suppress(VerifyError):  # one that a revocation has condemned teaches nothing
+                    history.learn(notice.index, notice.record, notice.envelope)
         return history
 
 

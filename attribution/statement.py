@@ -92,15 +92,16 @@ class FeeTable:
 class Player:
     """A player of a settlement: its value with interval, in micro-units of the utility.
 
-    num_rows: rows of its that the adapter learnt from (0 for what is no data). id and name as the settlement has them.
+    p_micro: the settlement's chance of such a value without effect, in millionths. num_rows: rows of its that the
+    adapter learnt from (0 for what is no data). id as the settlement has it.
     """
 
     kind: str
     id: str
-    name: str
     value: int
     low: int
     high: int
+    p_micro: int
     num_rows: int
 
 
@@ -135,7 +136,6 @@ class Copies:
     kind: str
     player: str
     owner: str
-    owner_name: str
     num_copies: int
 
 
@@ -154,7 +154,6 @@ class Maker:
     source: Literal["base", "adapter"]
     digest: str
     id: str
-    name: str
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,6 @@ class PayoutLine:
     adapter: str
     kind: str
     id: str
-    name: str
     value: int
     low: int
     high: int
@@ -281,7 +279,7 @@ def compute(statement: Statement) -> Statement:
         pools.append(pool)
         payouts += paid
     payouts += _base_payouts(statement)
-    payouts.sort(key=lambda line: (line.source, line.adapter, line.kind, line.id))
+    payouts.sort(key=lambda line: (line.source, line.adapter, -line.amount, line.kind, line.id))
     return replace(statement, pools=tuple(pools), payouts=tuple(payouts), totals=_totals(requests, pools, payouts))
 
 
@@ -295,24 +293,20 @@ def claims_of(settled: Settled, copies: Sequence[Copies]) -> tuple[Claim, ...]:
     players = {(p.kind, p.id): p for p in settled.players if p.kind not in NO_DATA_KINDS}
     lost: dict[tuple[str, str], int] = defaultdict(int)
     gained: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    names = {key: player.name for key, player in players.items()}
     for copy in copies:
         copier = players.get((copy.kind, copy.player))
         if copy.adapter != settled.adapter or copier is None or not copier.num_rows:
             continue
         lost[copy.kind, copy.player] += copy.num_copies
-        names.setdefault((copy.kind, copy.owner), copy.owner_name)
         if copier.value > 0:
             width = copier.value - copier.low
             moved = (copier.value * copy.num_copies // copier.num_rows, width * copy.num_copies // copier.num_rows)
             gained[copy.kind, copy.owner].append(moved)
     keys = sorted({*players, *gained})
-    return tuple(_claim(key, names[key], players.get(key), lost[key], gained[key]) for key in keys)
+    return tuple(_claim(key, players.get(key), lost[key], gained[key]) for key in keys)
 
 
-def _claim(
-    key: tuple[str, str], name: str, player: Player | None, lost: int, gained: Sequence[tuple[int, int]]
-) -> Claim:
+def _claim(key: tuple[str, str], player: Player | None, lost: int, gained: Sequence[tuple[int, int]]) -> Claim:
     """A player's own value less what its copies are worth, and what others' copies of its rows are worth."""
     kind, id = key
     value, below, above, is_copy = 0, 0, 0, False
@@ -329,7 +323,8 @@ def _claim(
         moved += worth
         below, above = joined_half_width(below, width), joined_half_width(above, width)
     value += moved
-    return Claim(kind, id, name, value, value - below, value + above, moved, is_copy and not moved)
+    settled_p = player.p_micro if player is not None and not moved else 0
+    return Claim(kind, id, value, value - below, value + above, moved, is_copy and not moved, settled_p)
 
 
 def _parts(line: RequestLine, split: Split) -> RequestLine:
@@ -362,7 +357,7 @@ def _share_out(statement: Statement, adapter: str, lines: Sequence[RequestLine])
         divisor = allocation.divisor
         payouts = [
             PayoutLine(
-                "data", adapter, claim.kind, claim.id, claim.name, claim.value, claim.low, claim.high, claim.moved,
+                "data", adapter, claim.kind, claim.id, claim.value, claim.low, claim.high, claim.moved,
                 paid.p_micro, paid.verdict, paid.amount, paid.low, paid.high,
             )
             for paid in allocation.payouts
@@ -414,7 +409,7 @@ def _base_payouts(statement: Statement) -> list[PayoutLine]:
 def _fixed(source: Source, adapter: str, maker: Maker, amount: int) -> PayoutLine:
     """A line that policy sets, without measurement."""
     kind = "base_model" if source == "base" else "trainer"
-    return PayoutLine(source, adapter, kind, maker.id, maker.name, 0, 0, 0, 0, 0, "paid", amount, amount, amount)
+    return PayoutLine(source, adapter, kind, maker.id, 0, 0, 0, 0, 0, "paid", amount, amount, amount)
 
 
 def _maker(statement: Statement, source: str, digest: str) -> Maker | None:

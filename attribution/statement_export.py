@@ -10,6 +10,7 @@ from attribution.log.facts import utc
 from attribution.pages.statement import statement_html
 from attribution.statement import Statement, StatementError
 from attribution.statement_make import read_statement
+from attribution.statement_names import Names, name_of, names_of
 from attribution.statement_verify import statement_bundle
 from attribution.store import write_atomically
 
@@ -31,9 +32,10 @@ def export_text(trail: "Trail", entry: "Entry", form: str) -> str:
         return json.dumps(statement_bundle(trail, entry), indent=1, ensure_ascii=False) + "\n"
     statement = read_statement(trail, entry)
     if form == "csv":
-        return payouts_csv(statement, leaf_hash=entry.leaf_hash)
+        return payouts_csv(statement, names_of(trail, statement), leaf_hash=entry.leaf_hash)
     if form == "html":
-        return statement_html(statement, leaf_hash=entry.leaf_hash, index=entry.index)
+        names = names_of(trail, statement)
+        return statement_html(statement, names, leaf_hash=entry.leaf_hash, index=entry.index)
     raise StatementError(f"format {form!r}: choose one of {', '.join([*FORMATS, ALL])}")
 
 
@@ -48,8 +50,8 @@ def export_folder(trail: "Trail", entry: "Entry", folder: Path) -> list[Path]:
     return [folder / name for name in FORMATS.values()]
 
 
-def payouts_csv(statement: Statement, *, leaf_hash: str) -> str:
-    """Return one line for each payout, then one for the platform and one for what is unattributed; they sum to the fees.
+def payouts_csv(statement: Statement, names: Names, *, leaf_hash: str) -> str:
+    """Return a line for each payout, one for the platform and one for what is unattributed: they sum to the fees.
 
     A name that a spreadsheet would take for a formula gets a leading apostrophe.
     """
@@ -65,7 +67,7 @@ def payouts_csv(statement: Statement, *, leaf_hash: str) -> str:
     for line in statement.payouts:
         row = {
             "source": line.source,
-            "payee": _safe(line.name),
+            "payee": _safe(name_of(names, line.id)),
             "kind": line.kind,
             "id": line.id,
             "adapter": line.adapter,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from attribution.bodies import BaseModelBody, StatementBody
 from attribution.fees import Answered, Fee, read_fees, sort_fees
 from attribution.log.sequencer import file_lock
-from attribution.people import OPERATOR, people
+from attribution.people import OPERATOR
 from attribution.provenance import code_identity
 from attribution.receipt_index import ReceiptIndex
 from attribution.receipts import completion_rows, parse_receipt
@@ -158,10 +158,10 @@ def settled_of(settlement: Settlement, num_rows: Mapping[tuple[str, str, str], i
             Player(
                 kind=player.kind,
                 id=player.id,
-                name=player.name,
                 value=round(player.value * MICRO),
                 low=round(player.low * MICRO),
                 high=round(player.high * MICRO),
+                p_micro=round(player.p_value * MICRO),
                 num_rows=num_rows.get((settlement.adapter, player.kind, player.id), 0),
             )
             for player in settlement.players
@@ -243,16 +243,15 @@ def _settlements(trail: "Trail", adapters: Sequence[str], policy: Policy, chosen
 
 def _makers(trail: "Trail", requests: Sequence[RequestLine]) -> tuple[Maker, ...]:
     """Who trained the adapters and who made the bases that answered, as their records say."""
-    names = {person.key_id: person.name for person in people(trail).values()}
     makers = []
     for adapter in sorted({line.adapter for line in requests if not line.problem} - {NO_ADAPTER}):
         entry = trail.find(adapter)
         if entry is not None and entry.record is not None:
             key_id = next(iter(entry.record.contributors), None)
             trainer = key_id.key_id if key_id is not None else trail.keys.get(OPERATOR).key_id
-            makers.append(Maker("adapter", adapter, trainer, names.get(trainer, trainer[:16])))
+            makers.append(Maker("adapter", adapter, trainer))
     for base in sorted({line.base for line in requests if not line.problem}):
         entry = trail.find(base)
         if entry is not None and entry.record is not None and isinstance(entry.record.body, BaseModelBody):
-            makers.append(Maker("base", base, base, f"{entry.record.body.name} ({entry.record.body.source})"))
+            makers.append(Maker("base", base, base))
     return tuple(makers)

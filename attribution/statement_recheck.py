@@ -1,13 +1,14 @@
 """Measure random cells of a statement's settlements again, by training their coalitions anew.
 
 Whoever checks draws the cells, after the statement was signed, so that nobody can prepare for them. The training itself
-is injected: `pipelines` has it.
+is injected: `pipelines.settle.recheck` has it.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from attribution.log.proved import VerifyError
 from attribution.settlement import settlement_of
@@ -18,79 +19,80 @@ if TYPE_CHECKING:
     from attribution.trail import Trail
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One item's utility under one coalition of a settlement: as recorded, and as measured again now."""
-
-    settlement: str
-    coalition: str
-    item: int
-    recorded: float
-    measured: float
+class Cell(Protocol):
+    """One item's utility under one coalition: as recorded, as measured again, and what the two may differ by."""
 
     @property
-    def difference(self) -> float:
-        """How far apart the two are."""
-        return abs(self.recorded - self.measured)
+    def coalition(self) -> str: ...
+
+    @property
+    def item(self) -> str: ...
+
+    @property
+    def recorded(self) -> float: ...
+
+    @property
+    def measured(self) -> float: ...
+
+    @property
+    def tolerance(self) -> float: ...
+
+
+class MeasureAgain(Protocol):
+    """Draws cells of one settlement by a seed and trains their coalitions again."""
+
+    def __call__(self, trail: "Trail", settlement: "Settlement", *, num_cells: int, seed: int) -> Sequence[Cell]: ...
 
 
 @dataclass(frozen=True)
 class Recheck:
-    """Cells measured again: `seed` chose them, `tolerance` is what they may differ by."""
+    """What was measured again: `seed` drew the cells; the cell that differed most, and its settlement's leaf."""
 
     seed: int
-    tolerance: float
-    cells: tuple[Cell, ...]
+    num_cells: int
+    settlement: str
+    worst: Cell
 
     @property
-    def worst(self) -> Cell:
-        """The cell that differs most."""
-        return max(self.cells, key=lambda cell: cell.difference)
+    def largest_difference(self) -> float:
+        """Of all cells."""
+        return difference(self.worst)
 
 
-Recompute = Callable[["Trail", "Settlement", str], Sequence[float]]
-"""`recheck_cell(trail, settlement, coalition bits)` -> the utility of each item, by training that coalition again."""
+def settlements_of(trail: "Trail", statement: Statement) -> "list[Settlement]":
+    """Return the settlements behind a statement, from their records."""
+    return [settlement_of(trail, trail.entry(settled.leaf)) for settled in statement.settlements]
+
+
+def difference(cell: Cell) -> float:
+    """Return how far the two measurements of a cell are apart."""
+    return abs(cell.recorded - cell.measured)
 
 
 def recheck(
-    trail: "Trail", statement: Statement, recompute: Recompute, *, num_cells: int, tolerance: float, seed: int | None
+    trail: "Trail", statement: Statement, measure_again: MeasureAgain, *, num_cells: int, seed: int | None
 ) -> Recheck:
-    """Measure random cells of the statement's settlements again by retraining; whoever checks draws the seed.
+    """Measure random cells of the statement's settlements again. Without `seed` one is drawn, and returned.
 
     Raises:
         StatementError: no settlement stands behind the statement.
-        VerifyError: a cell differs by more than `tolerance`, with its place.
+        VerifyError: a cell differs by more than its tolerance; the message names it.
     """
     if not statement.settlements:
         raise StatementError("recheck: no settlement stands behind this statement; there is no cell to measure again")
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
-    used = [settlement_of(trail, trail.entry(settled.leaf)) for settled in statement.settlements]
-    places = [
-        (number, row["coalition"], item)
-        for number, settlement in enumerate(used)
-        for row in trail.get_table(settlement.table).to_pylist()
-        for item in range(len(row["utilities"]))
+    used = settlements_of(trail, statement)
+    drawn = Counter(random.Random(seed).choices(range(len(used)), [one.num_cells for one in used], k=num_cells))
+    found = [
+        (used[number].leaf_hash, cell)
+        for number, count in sorted(drawn.items())
+        for cell in measure_again(trail, used[number], num_cells=count, seed=seed)
     ]
-    drawn = random.Random(seed).sample(places, min(num_cells, len(places)))
-    cells = []
-    for number, coalition in dict.fromkeys((number, coalition) for number, coalition, _ in drawn):
-        measured = recompute(trail, used[number], coalition)
-        recorded = _recorded(trail, used[number], coalition)
-        items = [item for where, name, item in drawn if (where, name) == (number, coalition)]
-        cells += [
-            Cell(used[number].leaf_hash, coalition, item, recorded[item], float(measured[item])) for item in items
-        ]
-    found = Recheck(seed, tolerance, tuple(cells))
-    if found.worst.difference > tolerance:
-        worst = found.worst
+    leaf, worst = max(found, key=lambda pair: difference(pair[1]) / max(pair[1].tolerance, 1e-12))
+    if difference(worst) > worst.tolerance:
         raise VerifyError(
             "recheck",
-            f"settlement {worst.settlement[:16]}, coalition {worst.coalition}, item {worst.item}: recorded "
-            f"{worst.recorded:.6f}, measured again {worst.measured:.6f}; they differ by more than {tolerance:g}",
+            f"settlement {leaf[:16]}, coalition {worst.coalition}, item {worst.item}: recorded {worst.recorded:.6f}, "
+            f"measured again {worst.measured:.6f}; they differ by {difference(worst):.2g}, allowed {worst.tolerance:g}",
         )
-    return found
-
-
-def _recorded(trail: "Trail", settlement: "Settlement", coalition: str) -> list[float]:
-    rows = trail.get_table(settlement.table).to_pylist()
-    return next(list(row["utilities"]) for row in rows if row["coalition"] == coalition)
+    return Recheck(seed, len(found), leaf, worst)

@@ -16,7 +16,6 @@ from attribution.log.proved import VerifyError
 from attribution.log.trust import Trust
 from attribution.log.verify import RECORD_BUNDLE_TYPE, Verified, verify_bytes
 from attribution.records import RecordError, parse_strict, to_plain
-from attribution.settlement import settlement_of
 from attribution.statement import RequestLine, Statement, StatementError, compute
 from attribution.statement_make import (
     FindCopies,
@@ -28,6 +27,8 @@ from attribution.statement_make import (
     statement_of_json,
     statements,
 )
+from attribution.statement_names import Names, name_of, names_of_facts
+from attribution.statement_recheck import settlements_of
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
@@ -66,7 +67,7 @@ def verify_statement(data: bytes, *, trust: Trust) -> tuple[Verified, Statement]
         statement = statement_of_json(value["statement"])
     except (RecordError, StatementError) as error:
         raise VerifyError("statement", str(error)) from error
-    checks = check_lines(statement)
+    checks = check_lines(statement, names=names_of_facts(verified.facts))
     if (statement.period_start_us, statement.period_end_us) != (body["period_start_us"], body["period_end_us"]):
         raise VerifyError("statement", "its period is not the signed record's")
     digest = f"sha256:{sha256(canonical_json(value['statement'])).hexdigest()}"
@@ -80,11 +81,11 @@ def verify_statement(data: bytes, *, trust: Trust) -> tuple[Verified, Statement]
     return Verified("statement", [*verified.checks, *checks], verified.facts), statement
 
 
-def check_lines(statement: Statement) -> list[str]:
+def check_lines(statement: Statement, *, names: Names | None = None) -> list[str]:
     """Compute every line again from what went in; return what was shown. VerifyError names the first that differs."""
     again = compute(statement)
-    for part in ("requests", "pools", "payouts"):
-        _same_lines(part, getattr(statement, part), getattr(again, part))
+    for part in ("requests", "payouts", "pools"):
+        _same_lines(part, getattr(statement, part), getattr(again, part), names=names)
     _same_fields("totals", statement.totals, again.totals)
     _check_sums(statement)
     policy, table = statement.policy, statement.fee_table
@@ -116,7 +117,7 @@ def check_home(trail: "Trail", statement: Statement, find_copies: FindCopies, *,
     ]
     blank = [_without_parts(line) for line in statement.requests]
     _same_lines("requests", blank, list(request_lines(fees, known, period, paid_before=before)))
-    used = [settlement_of(trail, trail.entry(settled.leaf)) for settled in statement.settlements]
+    used = settlements_of(trail, statement)
     findings = find_copies(used, statement.policy)
     _same_lines("settlements", statement.settlements, [settled_of(item, findings.num_rows) for item in used])
     _same_lines("copies", statement.copies, findings.copies)
@@ -127,16 +128,19 @@ def check_home(trail: "Trail", statement: Statement, find_copies: FindCopies, *,
     ]
 
 
-def _same_lines(part: str, found: Sequence[Any], again: Sequence[Any]) -> None:
+def _same_lines(part: str, found: Sequence[Any], again: Sequence[Any], *, names: Names | None = None) -> None:
     for number, (one, other) in enumerate(zip(found, again, strict=False)):
-        _same_fields(f"{part}[{number}]{_name_of(one)}", one, other)
+        _same_fields(f"{part}[{number}]{_label(one, names or {})}", one, other)
     if len(found) != len(again):
         raise VerifyError("lines", f"{part}: {len(found)} lines stand there, {len(again)} follow from what went in")
 
 
-def _name_of(line: Any) -> str:
-    names = [str(value) for name in ("request_id", "name", "adapter") if (value := getattr(line, name, ""))]
-    return f" ({names[0]})" if names else ""
+def _label(line: Any, names: Names) -> str:
+    """What tells a line from others: the request, the party, or the adapter."""
+    if party := getattr(line, "id", ""):
+        return f" ({name_of(names, party)})"
+    text = getattr(line, "request_id", "") or getattr(line, "adapter", "")
+    return f" ({text})" if text else ""
 
 
 def _same_fields(where: str, found: Any, again: Any) -> None:

@@ -189,6 +189,11 @@ class Trail:
                 ) from error
             return outcome
 
+    def record_each(self, requests: Sequence[Sequence[Draft]]) -> list[list[Entry] | Exception]:
+        """Append several callers' drafts in one commit; return each one's entries, or the error that is its own."""
+        finish_rotations(self)
+        return self._commit(requests)
+
     def delete_record(self, leaf_hash: str) -> bool:
         """Remove a record and its salt for good; return whether they were there. Its leaf and all proofs stay.
 

@@ -11,6 +11,7 @@ from typing import Any
 from attribution.disk import write_atomically
 from attribution.keys import KeyRing
 from attribution.log.note import NoteKey, Signs
+from attribution.log.policy import with_log_key
 from attribution.log.sequencer import LogKeys
 
 OPERATOR, LOG_KEY = "operator", "log"
@@ -60,7 +61,10 @@ class TrustFile:
         old = NoteKey.parse(value["log"])
         if old.public_bytes == public_bytes:
             return
-        value["log"] = str(NoteKey(old.name, public_bytes))
+        new = NoteKey(old.name, public_bytes)
+        value["log"] = str(new)
+        if "policy" in value:
+            value["policy"] = with_log_key(value["policy"], new)
         self._add(value, "former", {"role": "log", "log": str(old), "last_size": last_size})
 
     def rotate_operator(self, key_id: str, public_hex: str, *, old_key_id: str, time_us: int) -> None:

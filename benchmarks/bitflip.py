@@ -3,8 +3,9 @@
     python -m benchmarks.bitflip [--quick] [--check] [--out FILE]
 
 The golden receipt of the tests, cosigned by two witnesses (Ed25519 and ML-DSA-44), is what a reader holds: receipt
-file, record proof, bare tlog-proof, leaf, checkpoint with cosignatures, trust file with keys and policy; and of a small
-log a tile and an entry bundle.
+file, its adapter's ancestry, both in one bundle (these two with the Ed25519 witness alone), record proof, bare
+tlog-proof, leaf, checkpoint with cosignatures, trust file with keys and policy; and of a small log a tile and an entry
+bundle.
 Every bit of the small ones is flipped; of the long ones every bit, or with `--quick` a seeded sample. Beside the bits,
 each base64 text is written again in every other way that decodes to the same bytes (its unused bits). The floor is 0
 changes that pass under a policy that asks for both witnesses. Under a policy that asks for none, a changed name makes a
@@ -79,8 +80,11 @@ class Handed:
     """The golden files with two cosignatures, and whom their reader trusts."""
 
     receipt: dict[str, Any]
+    ancestry: dict[str, Any]
+    bundle: dict[str, Any]
     record: dict[str, Any]
     trust: dict[str, Any]
+    short_trust: dict[str, Any]
     policy: str
 
     @property
@@ -97,20 +101,24 @@ def handed_out() -> Handed:
         Cosigner("witness.example/w2", MlDsaKey.from_seed(sha256(b"witness 2").digest())),
     ]
     note = (GOLDEN / "checkpoint").read_text()
-    lines = "".join(cosigner.cosign(note, TIME_S) for cosigner in cosigners)
-    receipt = json.loads((GOLDEN / "receipt_bundle.json").read_text())
-    record = json.loads((GOLDEN / "record_proof.json").read_text())
-    for item in (receipt["record"], *receipt["lineage"], record):
-        item["proof"] += lines
+    lines = [cosigner.cosign(note, TIME_S) for cosigner in cosigners]
+    names = ("receipt.json", "ancestry.json", "receipt_bundle.json", "record_proof.json")
+    receipt, ancestry, bundle, record = (json.loads((GOLDEN / name).read_text()) for name in names)
+    for item in (receipt, record):
+        item["proof"] += "".join(lines)
+    for item in (*ancestry["lineage"], bundle["record"], *bundle["lineage"]):  # the same lines again in each proof
+        item["proof"] += lines[0]
     listed = [(f"w{number}", "", [cosigner.key]) for number, cosigner in enumerate(cosigners, 1)]
-    policy = policy_of(listed, NoteKey.parse(trust["log"]), "all")
-    return Handed(receipt, record, {**trust, "policy": policy}, policy)
+    log = NoteKey.parse(trust["log"])
+    policy, short = policy_of(listed, log, "all"), {**trust, "policy": policy_of(listed[:1], log, "all")}
+    return Handed(receipt, ancestry, bundle, record, {**trust, "policy": policy}, short, policy)
 
 
 def targets(handed: Handed, folder: Path) -> list[Target]:
     """Return everything that a reader is handed or trusts."""
-    trust = _trust(handed.trust, folder)
+    trust, short = _trust(handed.trust, folder), _trust(handed.short_trust, folder)
     policy, proof = Policy.parse(handed.policy.encode()), handed.record["proof"]
+    receipt, ancestry = _compact(handed.receipt), _compact(handed.ancestry)
     leaf, checkpoint = Leaf.from_json(handed.record["leaf"]).to_bytes(), proof.partition("\n\n")[2]
 
     def open_proof(data: bytes, leaf_bytes: bytes) -> None:
@@ -126,7 +134,9 @@ def targets(handed: Handed, folder: Path) -> list[Target]:
         verify_bytes(_compact(handed.record), trust=Trust.load(path))
 
     return [
-        Target("receipt file", _compact(handed.receipt), lambda data: verify_bytes(data, trust=trust)),
+        Target("receipt file", receipt, lambda data: verify_bytes(data, trust=trust)),
+        Target("ancestry", ancestry, lambda data: verify_bytes(data, trust=short)),
+        Target("receipt bundle", _compact(handed.bundle), lambda data: verify_bytes(data, trust=short)),
         Target("record proof", _compact(handed.record), lambda data: verify_bytes(data, trust=trust)),
         Target("tlog-proof", proof.encode(), lambda data: open_proof(data, leaf)),
         Target("leaf", leaf, lambda data: open_proof(proof.encode(), data)),

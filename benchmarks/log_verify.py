@@ -1,10 +1,12 @@
-"""How long a stranger waits to check a receipt offline: in process, and as the command.
+"""How long a stranger waits to check a receipt offline, in process and as the command; and how large its file is.
 
     python -m benchmarks.log_verify [--quick] [--check] [--out FILE] [--receipt FILE --keys FILE]
 
 The floor in the same run is a process that starts Python, imports `cryptography` and checks as many Ed25519 signatures
-as the receipt holds records. The receipt is the golden one of the tests unless another is given. The last line is one
-JSON object; `--check` exits 1 when a figure is over its bound.
+as the file holds records. Measured with the tests' golden bundle (receipt and ancestry in one file) unless another file
+is given, and with the small receipt as it is in a log of a million entries: in a batch of 256, its checkpoint cosigned
+by two witnesses (Ed25519) whom the reader asks for. The last line is one JSON object; `--check` exits 1 when a figure
+is over its bound.
 """
 
 import argparse
@@ -13,14 +15,31 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-from attribution.log.verify import Trust, verify_file
+from attribution.keys import SigningKey
+from attribution.log.cosignature import Cosigner
+from attribution.log.merkle import Tree, hash_leaf
+from attribution.log.note import Checkpoint, NoteKey, sign_checkpoint
+from attribution.log.proof import format_proof
+from attribution.log.publisher import policy_of
+from attribution.log.verify import Trust, verify_bytes, verify_file
+from attribution.receipt_file import ReceiptFile, Signature, expanded
+from attribution.receipts import receipt_commitment
+from attribution.records import Leaf, from_plain, record_to_envelope, to_plain
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+MILLION = 1_000_000
+BATCH = 256
+MAX_RECEIPT_BYTES = 4096
+TIME_S = 1_795_100_000
 MAX_IN_PROCESS_MS = 50.0
 MAX_COMMAND_S = 1.0
 _FLOOR_PROGRAM = """
@@ -47,10 +66,68 @@ class Figure:
         return self.at_most is None or self.value <= self.at_most
 
 
+def small_json(value: object) -> bytes:
+    """Return JSON as `trailmark log receipt` and the API write a receipt."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def grown(
+    value: Mapping[str, Any], *, size: int, batch: int, folder: Path, signer: SigningKey | None = None
+) -> tuple[bytes, Trust]:
+    """Return a receipt file as a log of `size` entries would give it, and whom its reader trusts.
+
+    The receipt stands in a batch of `batch` receipts, whose record is signed again with `signer`; its leaf in a tree of
+    `size`, whose checkpoint two witnesses cosigned; the reader asks for both. All but the receipt is made anew, so
+    every path has the length that it would have there.
+    """
+    key = signer or SigningKey.from_seed("operator", sha256(b"operator").digest())
+    log = SigningKey.from_seed("log", sha256(b"log").digest())
+    named = str(value["proof"]).partition("\n\n")[2].partition("\n")[0]
+    file = _signed_again(from_plain(ReceiptFile, dict(value), "receipt"), batch, key)
+    leaf = hash_leaf(Leaf.from_json(expanded(to_plain(file, "receipt"))["record"]["leaf"]).to_bytes())
+    place = size - size // 3
+    tree = Tree(leaf if n == place else sha256(n.to_bytes(8, "big")).digest() for n in range(size))
+    note = sign_checkpoint(Checkpoint(named, size, tree.root()), log)
+    cosigners = [
+        Cosigner(f"{named}/witness-{n}", SigningKey.from_seed("w", sha256(b"witness %d" % n).digest())) for n in (1, 2)
+    ]
+    note += "".join(cosigner.cosign(note, TIME_S) for cosigner in cosigners)
+    proof = format_proof(place, tree.inclusion_path(place), checkpoint=note)
+    listed = [(f"w{n}", "", [cosigner.key]) for n, cosigner in enumerate(cosigners, 1)]
+    log_key = NoteKey(named, log.public_bytes)
+    trust = {"version": 1, "log": str(log_key), "keys": {key.key_id: key.public_hex}}
+    (folder / "trust.json").write_bytes(small_json({**trust, "policy": policy_of(listed, log_key, "all")}))
+    return small_json(to_plain(replace(file, proof=proof), "receipt")), Trust.load(folder / "trust.json")
+
+
+def _signed_again(file: ReceiptFile, size: int, key: SigningKey) -> ReceiptFile:
+    """The file with its receipt in a batch of `size`, the record signed with `key`."""
+    entry = receipt_commitment(to_plain(file.receipt, "receipt"), b64decode(file.inner.salt))
+    leaves = [hash_leaf(sha256(n.to_bytes(8, "big")).digest()) for n in range(size)]
+    leaves[file.inner.index] = hash_leaf(entry)
+    path = tuple(b64encode(node).decode() for node in Tree(leaves).inclusion_path(file.inner.index))
+    file = replace(file, inner=replace(file.inner, size=size, path=path))
+    envelope = json.loads(record_to_envelope(file.record(), key))
+    signatures = tuple(Signature(**signature) for signature in envelope["signatures"])
+    return replace(file, batch=replace(file.batch, signatures=signatures))
+
+
+def measure_small(*, num_runs: int, size: int = MILLION) -> list[Figure]:
+    """Return the figures of a small receipt in a log of a million entries."""
+    with tempfile.TemporaryDirectory(prefix="log-verify-") as folder:
+        value = json.loads((GOLDEN / "receipt.json").read_text())
+        data, trust = grown(value, size=size, batch=BATCH, folder=Path(folder))
+        seconds = _median_s(lambda: verify_bytes(data, trust=trust), num_runs)
+    return [
+        Figure(f"receipt file, {size} entries, 2 cosignatures", len(data), "bytes", MAX_RECEIPT_BYTES, 1),
+        Figure("it verified in process", seconds * 1000, "ms", MAX_IN_PROCESS_MS, num_runs),
+    ]
+
+
 def measure(receipt: Path, keys: Path, *, num_runs: int) -> list[Figure]:
-    """Return the figures of one receipt."""
+    """Return the figures of one file."""
     trust = Trust.load(keys)
-    num_records = 1 + len(json.loads(receipt.read_text())["lineage"])
+    num_records = 1 + len(json.loads(receipt.read_text()).get("lineage", ()))
     in_process = _median_s(lambda: verify_file(receipt, trust=trust), num_runs * 5)
     command = [sys.executable, "-m", "cluster", "verify", str(receipt), "--keys", str(keys), "--json"]
     whole = _median_s(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), num_runs)
@@ -75,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     hardware = f"{platform.machine()}, Python {platform.python_version()}"
     print(f"offline verification of {options.receipt.name} against a bare process, on {hardware}; medians")
-    figures = measure(options.receipt, options.keys, num_runs=5 if options.quick else 20)
+    num_runs = 5 if options.quick else 20
+    figures = measure(options.receipt, options.keys, num_runs=num_runs) + measure_small(num_runs=5 * num_runs)
     for figure in figures:
         bound = (
             "" if figure.at_most is None else f"  (at most {figure.at_most:g}){'' if figure.is_good else '  MISSED'}"

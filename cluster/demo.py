@@ -150,8 +150,8 @@ class Api:
         return Answered(model, prompt, (reply.choices[0].message.content or "").strip(), extra["receipt_id"])
 
     def receipt(self, receipt_id: str) -> dict[str, Any]:
-        """Return the offline proof, once the log has it."""
-        return self._get(f"/v1/receipts/{receipt_id}")
+        """Return the offline proof with its adapter's ancestry, once the log has it."""
+        return self._get(f"/v1/receipts/{receipt_id}/bundle")
 
     def attribution(self, receipt_id: str) -> dict[str, Any]:
         """Return who made the answer."""
@@ -215,18 +215,19 @@ def _refine_all(console: Console, trail: "Trail", settings: Settings, *, regions
     from attribution.bodies import RefinementBody
     from cluster.commands.data_tables import RowBar, refinement_tables
     from pipelines.refine.driver import refine
+    from pipelines.refine.read import contributions
 
     with _step(console, "Refine with Ray Data: every row is kept, or dropped with a reason"):
         records = [entry.record for entry in trail.entries(kind="refinement")]
         newest = {
-            record.body.name: {artefact.name for artefact in record.inputs}
+            record.body.name: {artefact.digest for artefact in record.inputs}
             for record in records
             if record and isinstance(record.body, RefinementBody)
         }
         left_out = {_region_dataset(region) for region in REGIONS if region not in regions}
         datasets = [dataset for _, dataset, _, _ in _contributions() if dataset not in left_out]
         for name, chosen in ((FACTS, datasets[:-1]), (VOICE, datasets[-1:])):
-            if newest.get(name) == set(chosen):
+            if newest.get(name) == {contribution.rows for contribution in contributions(trail, chosen)}:
                 console.print(f"  {name}: refined by an earlier run")
                 continue
             with RowBar(console) as bar:

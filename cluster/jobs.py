@@ -17,7 +17,7 @@ from configs.errors import UserError
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-JOB_COMMANDS = ("refine", "train", "benchmark", "run")
+JOB_COMMANDS = ("refine", "train", "benchmark", "settle", "run")
 
 
 @dataclass(frozen=True)

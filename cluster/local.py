@@ -16,13 +16,23 @@ from cluster import serving
 from cluster.head import head_environment, start_head, wait_for_jobs_api
 from cluster.processes import (
     cluster_processes,
+    ray_orphans,
     require_free_port,
     stop_processes,
     tree_memory_bytes,
 )
 from cluster.services import http_answers, spawn_follower, spawn_mlflow, wait_for_mlflow
 from cluster.session import connect, private_ray, ray_session
-from cluster.state import ClusterState, Part, cluster_id_of, forget_state, load_state, run_directory, save_state
+from cluster.state import (
+    ClusterState,
+    Part,
+    cluster_id_of,
+    ensure_ray_directory,
+    forget_state,
+    load_state,
+    run_directory,
+    save_state,
+)
 from cluster.witnesses import describe_witnesses, spawn_missing_witnesses, wait_for_witnesses
 from configs.errors import UserError
 from configs.schema import Settings
@@ -164,7 +174,10 @@ def _saved(home: Path, state: ClusterState) -> ClusterState:
 
 def _stop_everything(state: ClusterState, report: Report) -> int:
     """Stop every process of the cluster, services before Ray; return how many there were."""
-    processes = cluster_processes(state.cluster_id)
+    processes = [
+        *cluster_processes(state.cluster_id),
+        *ray_orphans(ensure_ray_directory(state.cluster_id, name="own")),
+    ]
     if not processes:
         return 0
     report(f"stopping {len(processes)} processes")

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -48,6 +49,23 @@ def cluster_processes(cluster_id: str) -> list[psutil.Process]:
             for member in _with_descendants(process):
                 found[member.pid] = member
     return [process for pid, process in found.items() if pid not in ours and _is_alive(process)]
+
+
+def ray_orphans(folder: Path) -> list[psutil.Process]:
+    """Return what Ray left behind of sessions below `folder` whose raylet is gone: their driver was killed.
+
+    Ray 2.60's dashboard agent outlives both, and its title has overwritten the environment that would mark it.
+    """
+    return [process for process in psutil.process_iter() if _is_orphan_below(process, f"{folder}/")]
+
+
+def _is_orphan_below(process: psutil.Process, prefix: str) -> bool:
+    try:
+        if not process.name().startswith("ray::") or any(parent.name() == "raylet" for parent in process.parents()):
+            return False
+        return any(file.path.startswith(prefix) for file in process.open_files())
+    except (psutil.Error, OSError):  # another user's, or one that ended meanwhile
+        return False
 
 
 def tree_memory_bytes(process: psutil.Process) -> int:

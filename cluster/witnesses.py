@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attribution.log.note import NoteKey
-from attribution.log.publisher import POLICY_FILE, WitnessState, load_outcome, policy_of
+from attribution.log.publisher import POLICY_FILE, WITNESSES, WitnessState, load_outcome, policy_of
 from attribution.log.sequencer import file_lock
 from attribution.log.witness import Witness
 from attribution.store import write_atomically
@@ -22,7 +22,6 @@ from cluster.state import ClusterState, Part
 from configs.errors import UserError
 from configs.schema import WitnessSettings
 
-WITNESSES = "witnesses"
 MARK = "# The local witnesses, written by `trailmark up`. Take this line out to keep what you write here."
 START_TIMEOUT_S = 120.0
 

@@ -18,7 +18,7 @@ from attribution.workflow_runs import Key
 from cluster.step_code import code_manifest
 from configs.errors import UserError
 from configs.schema import Settings
-from configs.workflow import ApprovalStep, BenchmarkStep, PublishStep, RefineStep, Step, TrainStep
+from configs.workflow import ApprovalStep, BenchmarkStep, PublishStep, RefineStep, SettleStep, Step, TrainStep
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
@@ -128,10 +128,23 @@ def real_kinds(tools: Tools) -> dict[str, StepKind]:
             options = {"settings": task.settings.benchmark, "progress": bars, "workflow": task.definition}
             return [benchmark(trail, task.input("adapter").digest, suite=_suite(task), **options).entry]
 
+    def settle(trail: "Trail", task: Task) -> "Sequence[Entry]":
+        tools.ray()
+        with tools.bars("settle") as bars:
+            from pipelines.settle.driver import settle
+
+            assert isinstance(task.step, SettleStep)
+            options = {"settings": task.settings.settle, "progress": bars, "workflow": task.definition}
+            adapter, suite = task.input("adapter").digest, _suite(task)
+            report = settle(trail, adapter, suite=suite, over=task.step.over, **options)
+            assert report is not None, "only a dry run returns nothing"
+            return [report.entry]
+
     return {
         "refine": StepKind("refinement", ("pipelines.refine.driver",), _for_refine, refine, _for_refine),
         "train": StepKind("adapter", ("pipelines.train.driver",), _for_train, train, _check_train, _import_base),
-        "benchmark": StepKind("benchmark", ("pipelines.benchmark.run",), _for_benchmark, benchmark, _check_benchmark),
+        "benchmark": StepKind("benchmark", ("pipelines.benchmark.run",), _for_benchmark, benchmark, _check_suite),
+        "settle": StepKind("settlement", ("pipelines.settle.driver",), _for_settle, settle, _check_suite),
         "publish": StepKind("publication", ("pipelines.publish",), _for_publish, _publish, _check_name),
         "approval": approval_kind(),
     }
@@ -167,17 +180,24 @@ def _for_refine(trail: "Trail", task: Task) -> Ingredients:
 
 def _for_train(trail: "Trail", task: Task) -> Ingredients:
     from pipelines.base_model import known_base
+    from pipelines.train.queries import artefact_of
 
     section = task.settings.train
     base = known_base(trail, task.base) or ""
-    return Ingredients((task.input("dataset"),), trail.run_config(section), section.seed, base)
+    queried = [artefact_of(trail, reference) for reference in section.query_sets]
+    # As the record says it: by digest.
+    config = trail.run_config(section.model_copy(update={"query_sets": tuple(found.digest for found in queried)}))
+    return Ingredients((task.input("dataset"), *queried), config, section.seed, base)
 
 
 def _check_train(trail: "Trail", task: Task) -> None:
     from pipelines.base_model import known_base
+    from pipelines.train.queries import artefact_of
 
     _check_name(trail, task)
     known_base(trail, task.base)
+    for reference in task.settings.train.query_sets:
+        artefact_of(trail, reference)
 
 
 def _import_base(trail: "Trail", task: Task) -> None:
@@ -192,7 +212,15 @@ def _for_benchmark(trail: "Trail", task: Task) -> Ingredients:
     return Ingredients(inputs, trail.run_config(section), section.seed)
 
 
-def _check_benchmark(_: "Trail", task: Task) -> None:
+def _for_settle(trail: "Trail", task: Task) -> Ingredients:
+    assert isinstance(task.step, SettleStep)
+    suite, section = _suite(task), task.settings.settle
+    inputs = (task.input("adapter"), Artefact("suite", suite.stem, digest_of(suite.read_bytes())))
+    config = trail.put_json({"over": task.step.over, "settings": trail.run_config(section)})
+    return Ingredients(inputs, config, section.seed)
+
+
+def _check_suite(_: "Trail", task: Task) -> None:
     """A bad row is told before hours of training, not after."""
     from pipelines.benchmark.suites import read_suite
 
@@ -257,7 +285,7 @@ def _approve(trail: "Trail", task: Task) -> "Sequence[Entry]":
 
 
 def _suite(task: Task) -> Path:
-    assert isinstance(task.step, BenchmarkStep)
+    assert isinstance(task.step, BenchmarkStep | SettleStep)
     suite = task.folder / task.step.suite
     if not suite.is_file():
         raise UserError(
@@ -278,7 +306,7 @@ def named_artefact(trail: "Trail", value: str, kind: str) -> Artefact:
         UserError: nothing of that name, or of that kind, is recorded.
     """
     if kind == "refined":
-        from pipelines.train.driver import resolve_refined
+        from pipelines.train.refined import resolve_refined
 
         return resolve_refined(trail, value).artefact
     if kind == "adapter":

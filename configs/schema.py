@@ -74,9 +74,31 @@ class TrainSettings(Section):
     zero_stage: Literal[1, 2, 3] = 2
     use_gpu: bool = Field(False, description="a GPU for each worker; else CPU workers over gloo")
     gpu_share: float = Field(1.0, gt=0, le=1, description="of a GPU per worker; under 1 leaves room for a replica")
-    num_checkpoints: int = Field(3, ge=1, description="checkpoints kept for attribution, evenly spaced")
+    num_checkpoints: int = Field(3, ge=1, description="checkpoints with a gradient of every example, evenly spaced")
+    num_states: int | None = Field(
+        None,
+        ge=1,
+        description="states kept for replay, 12 bytes a trained parameter each; null: sqrt(steps)",
+    )
+    query_sets: tuple[str, ...] = Field(
+        (), description="suite files or refined datasets whose loss every example is scored against while it trains"
+    )
+    in_run_refresh_steps: int | None = Field(
+        None, ge=1, description="steps between a query set's gradients; null: as often as 7 % of the tokens allow"
+    )
+    in_run_per_query: bool = Field(False, description="scores for each query of a set, not for the set as a whole")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="`eager`: written out, differentiable twice")
+    deterministic: bool = Field(False, description="refuse operations whose result may differ from run to run")
     max_failures: int = Field(2, ge=0, description="worker failures survived before the run fails (Ray's default is 0)")
-    gradient_projection_dim: int = Field(16, ge=1, description="projected length of each module's long side")
+    gradient_projection_dim: int = Field(
+        32, ge=1, description="most directions kept of each module's long side, for the rows of the gradient store"
+    )
+    gradient_row_dim: int = Field(4096, ge=1, description="int8 numbers of an example's gradient at a checkpoint")
+    gradient_preconditioner: Literal["ekfac", "adam", "identity"] = Field(
+        "ekfac", description="what scores examples' gradients against an answer's"
+    )
+    gradient_damping: float = Field(0.1, gt=0, description="`ekfac`: share of a module's mean eigenvalue added to each")
+    gradient_fit_examples: int = Field(64, ge=1, description="rows drawn at each checkpoint to fit these on")
     threads_per_worker: int = Field(1, ge=1)
     num_probe_rows: int = Field(4, ge=1, description="rows whose logits must survive save and reload")
     reload_tolerance: float = Field(
@@ -93,6 +115,22 @@ class BenchmarkSettings(Section):
     seed: int = Field(0, ge=0)
     dtype: Literal["bfloat16", "float32"] = "float32"
     batch_size: int = Field(16, ge=1, description="answers generated at once, of base and adapter together")
+
+
+class SettleSettings(Section):
+    """What the players behind an adapter are worth, by training coalitions of them again."""
+
+    budget: int = Field(64, ge=1, description="retrains at most; the base alone costs none")
+    precision: float = Field(
+        0.05, ge=0, description="half an interval's width, as a part of what all players gain together, to stop at"
+    )
+    confidence: float = Field(0.9, gt=0, lt=1)
+    seed: int = Field(0, ge=0, description="of the draw of coalitions; the training keeps the adapter's own")
+    utility: Literal["log_likelihood", "exact_match"] = "log_likelihood"
+    max_new_tokens: int = Field(32, ge=1, description="of an answer that is matched exactly")
+    gradient_prior: bool = Field(False, description="start from what gradients predict of contributors and datasets")
+    num_workers: int = Field(2, ge=1, description="processes that train at once")
+    runs_at_once: int = Field(8, ge=1, description="coalitions a process takes at a time; kept when they are done")
 
 
 class ServeSettings(Section):
@@ -215,6 +253,7 @@ class Settings(Section):
     base: BaseSettings = BaseSettings()
     train: TrainSettings = TrainSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
+    settle: SettleSettings = SettleSettings()
     serve: ServeSettings = ServeSettings()
     attribution: AttributionSettings = AttributionSettings()
     credit: CreditSettings = CreditSettings()

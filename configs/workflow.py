@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
@@ -70,6 +70,19 @@ class BenchmarkStep(Step):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
+class SettleStep(Step):
+    """What the players behind an adapter are worth is measured by training coalitions of them again."""
+
+    takes: ClassVar[Mapping[str, str]] = {"adapter": "adapter"}
+    makes: ClassVar[Mapping[str, str]] = {"values": "table"}
+    section: ClassVar[str] = "settle"
+
+    adapter: str
+    suite: str = Field(description="JSON lines; relative to the workflow file")
+    over: Literal["contributors", "datasets", "rules"] = "contributors"
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
 class PublishStep(Step):
     """An artefact becomes the next version of a name."""
 
@@ -97,6 +110,7 @@ STEP_KINDS: dict[str, type[Step]] = {
     "benchmark": BenchmarkStep,
     "approval": ApprovalStep,
     "publish": PublishStep,
+    "settle": SettleStep,
 }
 
 

@@ -15,14 +15,27 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from configs.errors import UserError
-from configs.schema import BenchmarkSettings, RefineSettings, Section, Settings, TrainSettings, parse_settings
+from configs.schema import (
+    BenchmarkSettings,
+    RefineSettings,
+    Section,
+    Settings,
+    SettleSettings,
+    TrainSettings,
+    parse_settings,
+)
 from configs.workflow import ANY, REFERENCE, STEP_KINDS, Step, Workflow
 
 WORKFLOWS_DIRECTORY = Path(__file__).parent / "workflows"
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?")
 NAME_RULE = "a-z, 0-9, '_' and '-', a letter or digit at both ends, at most 64 characters"
 Model = TypeVar("Model", bound=BaseModel)
-SECTIONS: dict[str, type[Section]] = {"refine": RefineSettings, "train": TrainSettings, "benchmark": BenchmarkSettings}
+SECTIONS: dict[str, type[Section]] = {
+    "refine": RefineSettings,
+    "train": TrainSettings,
+    "benchmark": BenchmarkSettings,
+    "settle": SettleSettings,
+}
 
 
 class _Head(Section):
@@ -119,8 +132,6 @@ def _step(name: str, raw: Mapping[str, Any], source: str) -> Step:
     kind = raw.get("kind")
     if kind is None:
         raise UserError(f"{where}.kind: missing; kinds: {', '.join(STEP_KINDS)}")
-    if kind == "settle":
-        raise UserError(f"{where}.kind = 'settle': this version has no settlement step; kinds: {', '.join(STEP_KINDS)}")
     if kind not in STEP_KINDS:
         raise UserError(f"{where}.kind = {kind!r}: no such kind of step; {nearest(str(kind), list(STEP_KINDS))}")
     values = {field: value for field, value in raw.items() if field != "kind"}

@@ -18,7 +18,7 @@ A product of several rows keeps the arithmetic busy and memory idle, so it asks 
 way. (Asking for the adapters of the step as well gained nothing: docs/log.md.) */
 #include <stdlib.h>
 
-#include "cpu_vector.h"
+#include "cpu_team.h"
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #include <immintrin.h>
 #define HAS_DOT 1
@@ -114,13 +114,6 @@ INLINE int takes_dot(void) {
 #endif
 }
 
-typedef struct {
-    void *y;
-    const void *x, *w, *bias;
-    int64_t num_rows, I, O;
-    int add, out_dtype;
-} Linear;
-
 INLINE void finish(const Linear *l, vec sums[WIDTH], int64_t row, int64_t column, const int dtype) {
     int64_t place = row * l->O + column;
     float bias[PANEL], old[PANEL];
@@ -196,16 +189,6 @@ INLINE void panel(const Linear *l, int64_t column, int64_t first_row, int64_t la
     }
 }
 
-/* Return x as float32, to be freed; NULL when memory ran out. */
-static float *widen(const void *x, int64_t count) {
-    float *widened = malloc(sizeof(float) * (size_t)(count + LANES));
-    if (!widened) return NULL;
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(widened, i, load(x, i, BF16), F32);
-    for (; i < count; i++) widened[i] = load_one(x, i, BF16);
-    return widened;
-}
-
 /* Panels times blocks of rows, as threads come for them; each asks for its next panel while it computes one. */
 INLINE void work(const Linear *l, int64_t *next, const int kind) {
     int64_t num_panels = (l->O + PANEL - 1) / PANEL, total = num_panels * ((l->num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS);
@@ -220,24 +203,47 @@ INLINE void work(const Linear *l, int64_t *next, const int kind) {
     }
 }
 
+int linear_widens(int dtype) {
+    return dtype == BF16 && !takes_dot();
+}
+
+/* to = x as float32, shared out in stretches of whole vectors. */
+INLINE void widen(float *to, const void *x, int64_t count) {
+    int64_t whole = count / LANES * LANES;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < whole; i += LANES) store(to, i, load(x, i, BF16), F32);
+    for (int64_t i = whole; i < count; i++) to[i] = load_one(x, i, BF16); /* each thread the same few */
+#pragma omp barrier
+}
+
+void team_linear(const Linear *shared, int dtype, int64_t *next, float *scratch) {
+    Linear l = *shared;
+    if (linear_widens(dtype)) {
+        widen(scratch, l.x, l.num_rows * l.I);
+        l.x = scratch;
+        work(&l, next, BF16);
+    } else if (dtype == F32) {
+        work(&l, next, F32);
+    } else {
+        work(&l, next, DOT);
+    }
+#pragma omp barrier
+}
+
 /* x: [num_rows, I], bias: [O] or NULL of `dtype`; y: [num_rows, O] of `dtype`, or float32 where out_dtype says so
 (then without add). Returns 0, or 1 when memory ran out. */
 EXPORT int trailmark_linear(void *y, const void *x, const void *w, const void *bias, int64_t num_rows, int64_t I,
                             int64_t O, int add, int dtype, int out_dtype, int num_threads) {
     Linear l = {y, x, w, bias, num_rows, I, O, add, out_dtype};
     int64_t next = 0;
-    float *widened = NULL;
-    if (dtype == BF16 && !takes_dot()) {
-        l.x = widened = widen(x, num_rows * I);
-        if (!widened) return 1;
+    float *scratch = NULL;
+    if (linear_widens(dtype)) {
+        scratch = malloc(sizeof(float) * (size_t)(num_rows * I + 1));
+        if (!scratch) return 1;
     }
 #pragma omp parallel num_threads(num_threads)
-    {
-        if (dtype == F32) work(&l, &next, F32);
-        else if (widened) work(&l, &next, BF16);
-        else work(&l, &next, DOT);
-    }
-    free(widened);
+    team_linear(&l, dtype, &next, scratch);
+    free(scratch);
     return 0;
 }
 

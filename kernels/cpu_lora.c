@@ -11,7 +11,7 @@ ahead. Two threads of a Xeon, SmolLM2 shapes, 32 adapters: 26 GB/s,
 what the machine reads at best; in columns of B it was 21. */
 #include <stdlib.h>
 
-#include "cpu_vector.h"
+#include "cpu_team.h"
 
 #define TILE 4
 /* Small enough that a lone adapter of a narrow linear still gives every thread something to do. */
@@ -21,16 +21,20 @@ what the machine reads at best; in columns of B it was 21. */
 #define WHOLES_PER_THREAD 4
 #define STRIP 2048 /* columns of one token summed at a time: 8 KiB, in the first-level cache */
 
-typedef struct {
+typedef struct LoraProduct {
     const void *a, *b;          /* [rank, I], [rank, O_m] */
     float *shrunk;              /* [rows, rank] */
     int64_t rank, start, end;   /* tokens [start, end) */
     int64_t column, num_columns;
 } Product;
 
-typedef struct {
+typedef struct LoraItem {
     int32_t product, row, first, last; /* tokens from `row` on; rank rows or columns [first, last) */
 } Item;
+
+typedef struct LoraSegment {
+    int64_t first, count; /* products of one segment */
+} Segment;
 
 /* shrunk[t][r] for NT tokens and NR rank rows (1 or TILE). */
 INLINE void shrink_tile(const int NT, const int NR, float *h, int64_t rank, const void *x, const void *a, int64_t I,
@@ -199,36 +203,84 @@ static int64_t cut(Item *items, const Product *products, int64_t num_products, i
     return count;
 }
 
-typedef struct {
-    int64_t first, count; /* products of one segment */
-} Segment;
-
-typedef struct {
-    const Product *products;
-    const Segment *segments;
-    const Item *shrinks, *expands;
-    int64_t num_segments, num_shrinks, num_expands;
-    void *y;
-    const void *x;
-    int64_t stride, I;
-} Work;
-
-INLINE void compute(const Work *w, int num_threads, const int dtype, const int w_dtype) {
-#pragma omp parallel num_threads(num_threads)
-    {
+INLINE void compute(const LoraWork *w, const int dtype, const int w_dtype) {
+    const LoraCall *c = &w->call;
+    const Item *expands = w->items + w->num_shrinks;
 #pragma omp for schedule(dynamic) nowait
-        for (int64_t s = 0; s < w->num_segments; s++)
-            whole_segment(w->products + w->segments[s].first, w->segments[s].count, w->y, w->stride, w->x, w->I, dtype,
-                          w_dtype);
-        if (w->num_shrinks) {
+    for (int64_t s = 0; s < w->num_segments; s++)
+        whole_segment(w->products + w->segments[s].first, w->segments[s].count, c->y, c->stride, c->x, c->I, dtype,
+                      w_dtype);
+    if (w->num_shrinks) {
 #pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < w->num_shrinks; i++)
-                shrink_item(&w->products[w->shrinks[i].product], &w->shrinks[i], w->x, w->I, dtype, w_dtype);
+        for (int64_t i = 0; i < w->num_shrinks; i++)
+            shrink_item(&w->products[w->items[i].product], &w->items[i], c->x, c->I, dtype, w_dtype);
 #pragma omp for schedule(dynamic) nowait
-            for (int64_t i = 0; i < w->num_expands; i++)
-                expand_item(&w->products[w->expands[i].product], &w->expands[i], w->y, w->stride, dtype, w_dtype);
+        for (int64_t i = 0; i < w->num_expands; i++)
+            expand_item(&w->products[expands[i].product], &expands[i], c->y, c->stride, dtype, w_dtype);
+    }
+#pragma omp barrier
+}
+
+void team_lora_add(const LoraWork *w) {
+    if (w->call.dtype == F32 && w->call.w_dtype == F32) compute(w, F32, F32);
+    if (w->call.dtype == F32 && w->call.w_dtype == BF16) compute(w, F32, BF16);
+    if (w->call.dtype == BF16 && w->call.w_dtype == F32) compute(w, BF16, F32);
+    if (w->call.dtype == BF16 && w->call.w_dtype == BF16) compute(w, BF16, BF16);
+}
+
+/* List the products of all segments, those of long ones first, which are cut into items; return [long ones, floats]. */
+static void list_products(LoraWork *w, int num_threads, int64_t *num_long, int64_t *scratch) {
+    const LoraCall *c = &w->call;
+    int64_t num_short = 0, num_products = 0;
+    for (int64_t s = 0; s < c->num_segments; s++) num_short += c->segments[3 * s + 2] - c->segments[3 * s + 1] < TILE;
+    /* Too few short segments would leave threads idle. */
+    int has_wholes = num_short >= WHOLES_PER_THREAD * num_threads;
+    for (int is_short = 0; is_short < 2; is_short++) {
+        for (int64_t s = 0; s < c->num_segments; s++) {
+            const int32_t *segment = c->segments + 3 * s;
+            if ((has_wholes && segment[2] - segment[1] < TILE) != is_short) continue;
+            int64_t first = num_products;
+            for (int64_t m = 0; m < c->num_modules; m++) {
+                const int64_t *entry = c->table + segment[0] * c->table_stride + 3 * (c->first_module + m);
+                if (!entry[2]) continue;
+                w->products[num_products++] = (Product){
+                    at(c->weights, entry[0], c->w_dtype), at(c->weights, entry[1], c->w_dtype), NULL, entry[2],
+                    segment[1], segment[2], c->bounds[m], c->bounds[m + 1] - c->bounds[m]};
+                *scratch += entry[2] * (segment[2] - segment[1]);
+            }
+            if (is_short) w->segments[w->num_segments++] = (Segment){first, num_products - first};
+            else *num_long = num_products;
         }
     }
+}
+
+int lora_prepare(LoraWork *w, const LoraCall *call, int num_threads) {
+    int64_t num_long = 0, scratch = 0, most = call->num_segments * call->num_modules;
+    *w = (LoraWork){.call = *call};
+    w->products = malloc(sizeof(Product) * (size_t)(most + 1));
+    w->segments = malloc(sizeof(Segment) * (size_t)(call->num_segments + 1));
+    if (!w->products || !w->segments) return 1;
+    list_products(w, num_threads, &num_long, &scratch);
+    w->num_shrinks = cut(NULL, w->products, num_long, ITEM_RANKS, 1);
+    w->num_expands = cut(NULL, w->products, num_long, ITEM_COLUMNS, 0);
+    w->shrunk = malloc(sizeof(float) * (size_t)(scratch + 1));
+    w->items = malloc(sizeof(Item) * (size_t)(w->num_shrinks + w->num_expands + 1));
+    if (!w->shrunk || !w->items) return 1;
+    float *next = w->shrunk;
+    for (Product *p = w->products; next < w->shrunk + scratch; p++) {
+        p->shrunk = next;
+        next += p->rank * (p->end - p->start);
+    }
+    cut(w->items, w->products, num_long, ITEM_RANKS, 1);
+    cut(w->items + w->num_shrinks, w->products, num_long, ITEM_COLUMNS, 0);
+    return 0;
+}
+
+void lora_release(LoraWork *w) {
+    free(w->items);
+    free(w->shrunk);
+    free(w->segments);
+    free(w->products);
 }
 
 /* table: this layer's [.., 7, 3] of the first adapter row, `table_stride` numbers from one adapter row to the next.
@@ -237,58 +289,14 @@ EXPORT int trailmark_lora_add(void *y, const void *x, const void *weights, const
                               const int32_t *segments, int64_t num_segments, int64_t first_module, int64_t num_modules,
                               const int64_t *bounds, int64_t I, int64_t stride, int dtype, int w_dtype,
                               int num_threads) {
-    int64_t num_short = 0, num_long = 0, num_products = 0, scratch = 0;
-    for (int64_t s = 0; s < num_segments; s++) num_short += segments[3 * s + 2] - segments[3 * s + 1] < TILE;
-    /* Too few short segments would leave threads idle. */
-    int has_wholes = num_short >= WHOLES_PER_THREAD * num_threads;
-    Product *products = malloc(sizeof(Product) * (size_t)(num_segments * num_modules + 1));
-    Segment *wholes = malloc(sizeof(Segment) * (size_t)(num_segments + 1));
-    if (!products || !wholes) {
-        free(products);
-        free(wholes);
-        return 1;
+    LoraCall call = {y,           x,      weights, table, table_stride, segments, num_segments, first_module,
+                     num_modules, bounds, I,       stride, dtype,       w_dtype};
+    LoraWork work;
+    int is_short = lora_prepare(&work, &call, num_threads);
+    if (!is_short) {
+#pragma omp parallel num_threads(num_threads)
+        team_lora_add(&work);
     }
-    num_short = 0;
-    /* Long segments' products come first: they are cut into items. */
-    for (int is_short = 0; is_short < 2; is_short++) {
-        for (int64_t s = 0; s < num_segments; s++) {
-            const int32_t *segment = segments + 3 * s;
-            if ((has_wholes && segment[2] - segment[1] < TILE) != is_short) continue;
-            int64_t first = num_products;
-            for (int64_t m = 0; m < num_modules; m++) {
-                const int64_t *entry = table + segment[0] * table_stride + 3 * (first_module + m);
-                if (!entry[2]) continue;
-                products[num_products++] = (Product){at(weights, entry[0], w_dtype), at(weights, entry[1], w_dtype),
-                                                     NULL, entry[2], segment[1], segment[2], bounds[m],
-                                                     bounds[m + 1] - bounds[m]};
-                scratch += entry[2] * (segment[2] - segment[1]);
-            }
-            if (is_short) wholes[num_short++] = (Segment){first, num_products - first};
-            else num_long = num_products;
-        }
-    }
-    int64_t num_shrinks = cut(NULL, products, num_long, ITEM_RANKS, 1);
-    int64_t num_expands = cut(NULL, products, num_long, ITEM_COLUMNS, 0);
-    float *shrunk = malloc(sizeof(float) * (size_t)(scratch + 1));
-    Item *items = malloc(sizeof(Item) * (size_t)(num_shrinks + num_expands + 1));
-    int is_out_of_memory = !shrunk || !items;
-    if (!is_out_of_memory) {
-        float *next = shrunk;
-        for (int64_t p = 0; p < num_products; p++) {
-            products[p].shrunk = next;
-            next += products[p].rank * (products[p].end - products[p].start);
-        }
-        cut(items, products, num_long, ITEM_RANKS, 1);
-        cut(items + num_shrinks, products, num_long, ITEM_COLUMNS, 0);
-        Work work = {products, wholes, items, items + num_shrinks, num_short, num_shrinks, num_expands, y, x, stride, I};
-        if (dtype == F32 && w_dtype == F32) compute(&work, num_threads, F32, F32);
-        if (dtype == F32 && w_dtype == BF16) compute(&work, num_threads, F32, BF16);
-        if (dtype == BF16 && w_dtype == F32) compute(&work, num_threads, BF16, F32);
-        if (dtype == BF16 && w_dtype == BF16) compute(&work, num_threads, BF16, BF16);
-    }
-    free(items);
-    free(shrunk);
-    free(wholes);
-    free(products);
-    return is_out_of_memory;
+    lora_release(&work);
+    return is_short;
 }

@@ -176,3 +176,23 @@ def sample(
     for token in order:
         borders.append(borders[-1] + probabilities[token])
     return pick(probabilities, order, point), min(abs(point - border) for border in borders[1:])
+
+
+def lora_gradient(short_NTR: Tensor, long_NTL: Tensor, basis_LB: Tensor) -> Tensor:
+    """Add one outer product per token: out[n] = sum over t of short[n, t]^T (long[n, t] @ basis)."""
+    num, tokens, rank = short_NTR.shape
+    out = torch.zeros(num, rank, basis_LB.shape[1], device=short_NTR.device)
+    for n in range(num):
+        for t in range(tokens):
+            out[n] += torch.outer(short_NTR[n, t].float(), long_NTL[n, t].float() @ basis_LB)
+    return out
+
+
+def score_rows(codes: Tensor, scales: Tensor, units: Tensor, query: Tensor) -> Tensor:
+    """Make each row's numbers one by one, then multiply: out[g, i] = <query[g], row i>."""
+    block = codes.shape[1] // max(1, scales.shape[1])
+    out = torch.zeros(len(query), len(codes))
+    for i in range(len(codes)):
+        row = torch.tensor([float(codes[i, j]) * float(scales[i, j // block]) for j in range(codes.shape[1])])
+        out[:, i] = query @ row * units[i]
+    return out

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from attribution.trail import Draft, Entry, Trail
 
 EXAMPLES_FILE, STEPS_FILE = "examples.parquet", "steps.parquet"
+TOKEN_COLUMNS = ("input_ids", "labels")
 SCRATCH_FOLDER = "run"
 
 
@@ -268,7 +269,7 @@ def _rewrite_refined(
 def _rewrite_trace(
     trail: "Trail", leaf: str, digest: str, folder: Path, ids: pa.Array
 ) -> tuple[list[TableRewrite], Artefact]:
-    """Take a row's text and id out of a training trace; its gradients and in-run scores go too."""
+    """Take a row's text, tokens and id out of a training trace; its gradients and in-run scores go too."""
     shutil.copytree(trail.store.get_directory(digest), folder, dirs_exist_ok=True)
     (folder / "manifest.json").unlink()
     remove_rows(folder, set(ids.to_pylist()))
@@ -278,6 +279,7 @@ def _rewrite_trace(
     for row in plain:
         if row["example_id"] in aliases:
             row.update(example_id=aliases[row["example_id"]], text="")
+            row.update({name: [] for name in TOKEN_COLUMNS if name in row})
     pq.write_table(pa.Table.from_pylist(plain, schema=examples.schema), folder / EXAMPLES_FILE)
     taken = steps.to_pylist()
     for step in taken:

@@ -123,6 +123,38 @@ def replay(trail: Trail, entry: Entry) -> ReplayReport:
         return _replay_benchmark(trail, rehearsal, entry)
 
 
+def replay_from(trail: Trail, entry: Entry, step: int) -> ReplayReport:
+    """Run an adapter's training again from the state kept after `step` updates to the next one, and compare the two.
+
+    Raises:
+        ReplayError: the record is not of an adapter.
+        TraceError: an adapter trained without a recorder, erased rows, or no state after `step` updates.
+    """
+    from attribution.erasure import remaining
+    from attribution.influence.store import Trace
+    from pipelines.train.segment import replay_segment
+
+    record = _record_of(entry)
+    if not isinstance(record.body, AdapterBody):
+        raise ReplayError(f"record {entry.leaf_hash[:12]}: of kind {entry.leaf.kind}; only a training run keeps states")
+    base = next(source for source in record.inputs if source.digest == record.body.base)
+    trace = Trace(trail.store.get_directory(remaining(trail, record.body.trace)))
+    segment = replay_segment(
+        trail,
+        trace,
+        base=trail.store.get_directory(base.digest),
+        base_name=base.name,
+        settings=_settings(trail, entry, TrainSettings),
+        start=step,
+    )
+    differences = segment.largest_differences
+    facts = tuple(
+        Compared(f"{name} after step {segment.stop}", "as stored", "as stored" if not value else f"{value:.3g} off")
+        for name, value in differences.items()
+    )
+    return ReplayReport(entry, facts, max(differences.values()) or None)
+
+
 class Rehearsal(Trail):
     """A trail for a run that leaves none: log and records are those of `trail`, its files go to `scratch`."""
 

@@ -5,7 +5,7 @@ relabelling a refined dataset pays nobody.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from attribution.bodies import AdapterBody, KeyRotationBody
 from attribution.priority import NearDuplicates, Priority, RegisteredRow, prioritise
 from attribution.settlement import Settlement
-from attribution.statement import ClusterLine, Copies, Policy
+from attribution.statement import ClusterLine, Copies, Policy, StatementError
 from attribution.statement_make import CopyFindings
 from pipelines.refine.read import contributions, contributor_names, load_refined, verified_rows
 
@@ -32,11 +32,10 @@ def find_copies(trail: "Trail", settlements: Sequence[Settlement], policy: Polic
     priority = prioritise(list(rows.values()), near_duplicates(policy))
     num_rows: Counter[tuple[str, str, str]] = Counter()
     copies: Counter[tuple[str, str, str, str]] = Counter()
-    labels = contributor_names(trail)
     for settlement in settlements:
-        learnt = [rows[row_id] for row_id in adapter_rows(trail, settlement.adapter) if row_id in rows]
+        learnt = learnt_rows(trail, settlement.adapter, rows)
         for kind in DATA_KINDS:
-            player_of = _players(trail, settlement, kind, labels)
+            player_of = _players(trail, settlement, kind)
             for row in learnt if player_of is not None else ():
                 assert player_of is not None
                 player = player_of(row)
@@ -45,8 +44,7 @@ def find_copies(trail: "Trail", settlements: Sequence[Settlement], policy: Polic
                     owner = player_of(rows[priority.first[row.row_id]])
                     copies[settlement.adapter, kind, player, owner] += 1
     lines = tuple(
-        Copies(adapter, kind, player, owner, labels.get(owner, owner[:16]), count)
-        for (adapter, kind, player, owner), count in sorted(copies.items())
+        Copies(adapter, kind, player, owner, count) for (adapter, kind, player, owner), count in sorted(copies.items())
     )
     return CopyFindings(num_rows, lines, shared_clusters(priority, rows))
 
@@ -80,14 +78,35 @@ def first_keys(trail: "Trail") -> dict[str, str]:
     return first
 
 
-def adapter_rows(trail: "Trail", adapter: str) -> list[str]:
-    """Return the ids of the rows of the refined dataset that an adapter was trained on."""
+def learnt_rows(trail: "Trail", adapter: str, rows: Mapping[str, RegisteredRow]) -> list[RegisteredRow]:
+    """Return the registered rows that an adapter was trained on; a row that was erased since is none.
+
+    Raises:
+        StatementError: the adapter's dataset gives a row to another than the contribution that registered it.
+    """
     entry = trail.find(adapter)
     body = entry.record.body if entry is not None and entry.record is not None else None
     if not isinstance(body, AdapterBody):
         return []
-    ids: list[str] = load_refined(trail, body.dataset).column("example_id").to_pylist()
-    return ids
+    first_key, names = first_keys(trail), contributor_names(trail)
+    found = []
+    for row_id, labelled in zip(*_columns(trail, body.dataset, "example_id", "contributor"), strict=True):
+        row = rows.get(row_id)
+        if row is None:
+            continue
+        if first_key.get(labelled, labelled) != row.contributor:
+            raise StatementError(
+                f"row {row_id}: the dataset {body.dataset} of adapter {adapter} gives it to "
+                f"{names.get(labelled, labelled[:16])}, but {names.get(row.contributor, row.contributor[:16])} "
+                "registered it; refine and train again from the contributions"
+            )
+        found.append(row)
+    return found
+
+
+def _columns(trail: "Trail", dataset: str, *names: str) -> list[list[str]]:
+    table = load_refined(trail, dataset)
+    return [table.column(name).to_pylist() for name in names]
 
 
 def shared_clusters(priority: Priority, rows: dict[str, RegisteredRow]) -> tuple[ClusterLine, ...]:
@@ -100,13 +119,8 @@ def shared_clusters(priority: Priority, rows: dict[str, RegisteredRow]) -> tuple
     return tuple(found)
 
 
-def _players(
-    trail: "Trail", settlement: Settlement, kind: str, labels: dict[str, str]
-) -> Callable[[RegisteredRow], str] | None:
-    """Say which player of a kind a row belongs to, by the settlement's name for it; None when it has none of the kind.
-
-    `labels` learns the names of datasets.
-    """
+def _players(trail: "Trail", settlement: Settlement, kind: str) -> Callable[[RegisteredRow], str] | None:
+    """Say which player of a kind a row belongs to, by the settlement's id for it; None when it has none of the kind."""
     ids = {player.id for player in settlement.players if player.kind == kind}
     if not ids:
         return None
@@ -119,5 +133,4 @@ def _players(
         origin = contribution.origin
         names = (origin.dataset, contribution.rows, contribution.name)
         named[origin.leaf_index] = next((name for name in names if name in ids), origin.dataset)
-        labels[named[origin.leaf_index]] = contribution.name
     return lambda row: named[row.leaf_index]

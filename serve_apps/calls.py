@@ -18,7 +18,10 @@ class AdapterChoice:
 
 @dataclass(frozen=True)
 class Call:
-    """One validated request, ready for the engine. `content` is what the receipt's private blob keeps of the prompt."""
+    """One validated request, ready for the engine. `content` is what the receipt's private blob keeps of the prompt.
+
+    `prompt_version` is the `name@version` of the registered prompt that it was made with.
+    """
 
     receipt_id: str
     time_us: int
@@ -29,6 +32,7 @@ class Call:
     adapter: AdapterChoice | None
     request_digest: str
     content: dict[str, Any]
+    prompt_version: str | None = None
 
 
 @dataclass(frozen=True)

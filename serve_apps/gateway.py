@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from attribution.influence.encode import EncodeError, encode_prompt
+from attribution.receipt_file import ancestry_file, receipt_file
 from attribution.receipts import StoredReceipt, find_receipt, new_receipt_id, receipt_bundle
 from attribution.trail import Trail
 from configs.schema import ServeSettings
@@ -37,6 +38,7 @@ from serve_apps.errors import (
 )
 from serve_apps.lineage import LineageApi
 from serve_apps.openai import ChatRequest, CompletionRequest, Parsed, now_us, parse, sampling_of
+from serve_apps.prompts import FilledPrompt, filled_prompt
 from serve_apps.replies import DONE, ReplyForm, event
 from serve_apps.response_format import check_servable
 from serve_apps.spool import Spool
@@ -151,13 +153,13 @@ class Gateway:
                 raise ApiError(result)
         return JSONResponse(form.whole(result), headers=_receipt_header(calls))
 
-    async def receipt(self, request: Request, receipt_id: str) -> Response:
-        """Answer GET /v1/receipts/{id}: the bundle that can be verified offline, or 202 while it is on its way."""
+    async def proof(self, request: Request, receipt_id: str, prove: Callable[[Trail, str], dict[str, Any]]) -> Response:
+        """Answer with a file that verifies offline, `prove(trail, id)`, or 202 while its receipt is on its way."""
         state = await self._receipt_state(self.principal(request), receipt_id)
         if state is not None:
             return state
-        bundle = await _in(self._proof_thread, lambda: receipt_bundle(self._trail, receipt_id))
-        return JSONResponse(bundle, headers={RECEIPT_HEADER: receipt_id})
+        file = await _in(self._proof_thread, lambda: prove(self._trail, receipt_id))
+        return JSONResponse(file, headers={RECEIPT_HEADER: receipt_id})
 
     async def attribution(self, request: Request, receipt_id: str) -> Response:
         """Answer GET /v1/receipts/{id}/attribution."""
@@ -216,7 +218,9 @@ class Gateway:
         """Turn a request into what the replica takes: model name to digest, text to tokens, limits checked."""
         request = parsed.request
         adapter = await _in(self._name_thread, lambda: self._catalogue.choose(request.model))
-        content, token_ids = await _in(self._text_thread, lambda: self._encode(request))
+        asked = request.prompt_reference
+        prompt = None if asked is None else await _in(self._name_thread, lambda: filled_prompt(self._trail, asked))
+        content, token_ids = await _in(self._text_thread, lambda: self._encode(request, prompt))
         sampling = sampling_of(
             request,
             num_prompt=len(token_ids),
@@ -238,23 +242,27 @@ class Gateway:
             adapter=adapter,
             request_digest=parsed.digest,
             content=content,
+            prompt_version=prompt.reference if prompt else None,
         )
 
-    def _encode(self, request: ChatRequest | CompletionRequest) -> tuple[dict[str, Any], tuple[int, ...]]:
-        """Return what the receipt keeps of the prompt, and its token ids."""
+    def _encode(
+        self, request: ChatRequest | CompletionRequest, prompt: FilledPrompt | None
+    ) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """Return what the receipt keeps of the prompt, and its token ids. A registered prompt is the system message."""
         if isinstance(request, ChatRequest):
-            messages = request.normalised()
+            system = [{"role": "system", "content": prompt.text}] if prompt else []
+            messages = system + request.normalised()
             try:
                 return {"messages": messages}, tuple(encode_prompt(self._tokenizer, messages))
             except EncodeError as error:
                 raise invalid("messages", str(error)) from None
-        prompt = request.single_prompt()
-        ids = prompt if isinstance(prompt, list) else self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        text = request.single_prompt()
+        ids = text if isinstance(text, list) else self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise invalid("prompt", "it is empty; give at least one token")
         if not all(0 <= token_id < len(self._tokenizer) for token_id in ids):
             raise invalid("prompt", f"token ids must be between 0 and {len(self._tokenizer) - 1}")
-        return {"prompt": prompt}, tuple(ids)
+        return {"prompt": text}, tuple(ids)
 
     async def _streamed(self, form: ReplyForm, *, include_usage: bool) -> Response:
         """Wait for the first piece, so that a refusal has its own status, then stream."""
@@ -399,7 +407,15 @@ def build_http(gateway: Gateway) -> FastAPI:
 
     @app.get("/v1/receipts/{receipt_id}")
     async def receipt(request: Request, receipt_id: str) -> Response:
-        return await gateway.receipt(request, receipt_id)
+        return await gateway.proof(request, receipt_id, receipt_file)
+
+    @app.get("/v1/receipts/{receipt_id}/ancestry")
+    async def ancestry(request: Request, receipt_id: str) -> Response:
+        return await gateway.proof(request, receipt_id, ancestry_file)
+
+    @app.get("/v1/receipts/{receipt_id}/bundle")
+    async def bundle(request: Request, receipt_id: str) -> Response:
+        return await gateway.proof(request, receipt_id, receipt_bundle)
 
     @app.get("/v1/receipts/{receipt_id}/attribution")
     async def attribution(request: Request, receipt_id: str) -> Response:

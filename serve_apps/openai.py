@@ -77,6 +77,14 @@ class ChatMessage(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
+class PromptReference(_Body):
+    """A registered prompt template, in the form of OpenAI's Responses API; without `version` the newest."""
+
+    id: str = Field(min_length=1, max_length=128)
+    version: str | None = Field(None, pattern="^[1-9][0-9]{0,8}$")
+    variables: dict[str, str] | None = None
+
+
 class _Common(_Body):
     model: str = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -119,11 +127,17 @@ class _Common(_Body):
         """Alternatives wanted per token; None for no log-probabilities."""
         return None
 
+    @property
+    def prompt_reference(self) -> PromptReference | None:
+        """The registered prompt that the request names; None when it names none."""
+        return None
+
 
 class ChatRequest(_Common):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
+    prompt: PromptReference | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: StrictBool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -135,6 +149,11 @@ class ChatRequest(_Common):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def prompt_reference(self) -> PromptReference | None:
+        """The registered prompt that the request names."""
+        return self.prompt
 
     def normalised(self) -> list[dict[str, str]]:
         """Return the messages as chat templates take them."""
@@ -301,6 +320,8 @@ def _check_combinations(request: ChatRequest | CompletionRequest) -> None:
         raise invalid("top_logprobs", "only allowed when `logprobs` is true")
     if isinstance(request, CompletionRequest):
         request.single_prompt()
+    if isinstance(request, ChatRequest) and request.prompt is not None and request.normalised()[0]["role"] == "system":
+        raise invalid("messages[0].role", "a registered `prompt` is the system message itself; leave yours out")
     _stops(request.stop)
     if request.response_format is not None and not isinstance(request.response_format, TextFormat):
         for name in ("stop", "stop_token_ids", "min_tokens", "ignore_eos"):
@@ -352,6 +373,8 @@ def _refusal(error: ValidationError, kind: type[BaseModel]) -> ApiError:
 
 def _known_beside(param: str, kind: type[BaseModel]) -> list[str]:
     """Return the names that are known where `param` stands."""
+    if param.startswith("prompt.") and kind is ChatRequest:
+        return list(PromptReference.model_fields)
     if param.startswith("messages["):
         return list(ChatMessage.model_fields)
     return list(FIELDS) if param.startswith("response_format") else [*kind.model_fields, *IGNORED, *REFUSED]

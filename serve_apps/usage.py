@@ -65,7 +65,7 @@ def receipt_row(call: Call, answer: Answer, *, server: Server) -> SpooledRow:
         "adapter": answer.adapter_digest,
         "adapter_name": ran.name if ran else None,
         "adapter_record": ran.record if ran else None,
-        "prompt_version": None,
+        "prompt_version": call.prompt_version,
         "retrieved": [],
         "request_digest": call.request_digest,
         "output_digest": answer.output_digest,

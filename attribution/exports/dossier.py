@@ -5,7 +5,7 @@ give the same dossier on any machine that holds the adapter.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
@@ -33,6 +33,7 @@ from attribution.verify_adapter import PROOF_FILE, PROOF_SUFFIX
 from configs.errors import UserError
 
 if TYPE_CHECKING:
+    from attribution.records import Artefact, Record
     from attribution.trail import Entry, Trail
 
 NAMESPACE = UUID("6f0b8a52-57e9-5a3e-9f64-1b0a0a9c2d11")  # of the UUIDs that exports derive from leaf hashes
@@ -155,6 +156,12 @@ class Dossier:
     entries: "tuple[Entry, ...]"
     holes: tuple[Hole, ...]
     log: LogState
+
+    def inputs_of(self, record: "Record") -> "tuple[Artefact, ...]":
+        """Return a record's inputs, each by the name under which it was made: contributions stand there without one."""
+        made = [item.record for item in self.entries if item.record is not None and item.leaf.kind != "publication"]
+        names = {(output.kind, output.digest): output.name for other in made for output in other.outputs}
+        return tuple(replace(item, name=names.get((item.kind, item.digest), item.name)) for item in record.inputs)
 
     @property
     def reference(self) -> str:

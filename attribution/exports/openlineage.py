@@ -129,7 +129,7 @@ class _Events:
 
     def _inputs(self) -> list[Json]:
         if self.entry.record is not None:
-            return [self._dataset(item) for item in self.entry.record.inputs]
+            return [self._dataset(item) for item in self.dossier.inputs_of(self.entry.record)]
         return []
 
     def _outputs(self) -> list[Json]:
@@ -144,9 +144,9 @@ class _Events:
         for item in self.entry.record.outputs:
             dataset = self._dataset(item)
             if self.entry.leaf.kind in ("refinement", "adapter", "base_model", "benchmark"):
-                dataset["facets"] |= self._lineage(self.entry.record.inputs)
+                dataset["facets"] |= self._lineage(self.dossier.inputs_of(self.entry.record))
             if item.kind == "refined":
-                dataset["facets"] |= self._columns(self.entry.record.inputs)
+                dataset["facets"] |= self._columns(self.dossier.inputs_of(self.entry.record))
             rows = getattr(
                 self.entry.record.body, {"dataset": "num_rows", "refined": "num_kept"}.get(item.kind, ""), None
             )

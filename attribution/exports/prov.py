@@ -92,7 +92,7 @@ class _Document:
                 if subject.kind == entry.leaf.kind:
                     self._generated(act, self._entity(subject.kind, "erased", subject.digest), entry)
             return
-        used = [self._entity(item.kind, item.name, item.digest) for item in record.inputs]
+        used = [self._entity(item.kind, item.name, item.digest) for item in self._dossier.inputs_of(record)]
         for entity in used:
             self._relate("used", activity=act, entity=entity)
         self._outputs(act, entry, record, used)

@@ -3,16 +3,20 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from attribution.influence.codec import GradientCodec
 from attribution.influence.ekfac import CodecFit, CodecSettings
-from attribution.influence.factors import Encoded, LoraFactors
+from attribution.influence.factors import Encoded, LoraFactors, set_factor_weights
 from attribution.influence.gradient_store import GradientStore
+from attribution.influence.rows import STORE_FOLDER
+from attribution.influence.store import Trace
 
 ENCODE_TOKENS = 4096
 """Padded tokens per forward and backward of the encoding pass, and at most `ENCODE_ROWS` examples."""
@@ -44,7 +48,7 @@ def build_store(
     settings: CodecSettings,
     *,
     sample_size: int,
-    weights: NDArray[object] | None = None,
+    weights: NDArray[Any] | None = None,
     about: Mapping[str, str] | None = None,
 ) -> GradientStore:
     """Make a store of `examples` (id -> tokens) at every view, in this process, and return it.
@@ -62,6 +66,30 @@ def build_store(
             for rows, values in encode(factors, codec, encoded, exp_avg_sq=view.exp_avg_sq):
                 addition.put(view.name, rows, values.numpy())
     return store
+
+
+def build_trace_store(
+    trace: Trace, model: nn.Module, examples: Mapping[str, Encoded], settings: CodecSettings, *, sample_size: int
+) -> GradientStore:
+    """Make the store of a recorded trace, at each of its checkpoints, and return it; `model` has the adapter on it.
+
+    A trace from before there were stores gets one in this way, given the tokens of its examples.
+    """
+    factors = LoraFactors(model)
+    views = [
+        View(str(step), partial(set_factor_weights, factors, trace.adapter_weights(step)), trace.exp_avg_sq(step))
+        for step in trace.checkpoint_steps
+    ]
+    return build_store(
+        trace.path / STORE_FOLDER,
+        factors,
+        examples,
+        views,
+        settings,
+        sample_size=sample_size,
+        weights=trace.exposure().T,
+        about={"beta2": repr(trace.beta2)},
+    )
 
 
 def fit_views(
@@ -89,9 +117,10 @@ def fit_views(
 
 def fit_facts(settings: CodecSettings, num_fitted: int) -> dict[str, str]:
     """Return what a store says of its fit."""
+    damping = f"{settings.damping:g} of each factor's mean eigenvalue"
     return {
         "fitted_examples": str(num_fitted),
-        "damping": f"{settings.damping:g} of each factor's mean eigenvalue" if settings.preconditioner == "ekfac" else "",
+        "damping": damping if settings.preconditioner == "ekfac" else "",
         "basis_dim": str(settings.basis_dim),
         "seed": str(settings.seed),
     }

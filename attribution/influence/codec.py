@@ -15,11 +15,9 @@ from torch import Tensor
 
 from attribution.influence.factors import FactorPair
 from attribution.influence.gradients import adam_scale, scale_of
+from kernels.gradients import BLOCK, lora_gradient
 
 Preconditioner = Literal["ekfac", "adam", "identity"]
-
-BLOCK = 64
-"""Numbers of a row that share a scale once they are quantised; a row is a whole number of blocks."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class FactorCodec:
     def encode(self, pair: FactorPair, scale: Mapping[str, Tensor] | None) -> Tensor:
         """Return float32 [n, k]: (short_basis^T (G * scale) long_basis * weight)[kept]."""
         if scale is None:
-            short, long = pair.short.float() @ self.short_basis, pair.long.float() @ self.long_basis
-            turned = torch.bmm(short.mT, long)
+            turned = self.short_basis.mT @ lora_gradient(pair.short, pair.long, self.long_basis)
         else:
             turned = self.short_basis.mT @ (pair.gradient() * scale_of(scale, self.name, pair.long)) @ self.long_basis
         return (turned * self.weight).flatten(1)[:, self.kept]

@@ -53,7 +53,7 @@ def fit_codec(
 
 
 def damped_weight(eigenvalues: Tensor, *, mean: float | Tensor, damping: float) -> Tensor:
-    """Return (eigenvalues + damping * mean)^-1/2, the square root of the damped inverse; `mean` is this factor's own."""
+    """Return (eigenvalues + damping * mean)^-1/2, the damped inverse's square root; `mean` is this factor's own."""
     floor = torch.as_tensor(damping * mean).clamp_min(torch.finfo(torch.float32).tiny)
     return (eigenvalues + floor).rsqrt()
 
@@ -82,8 +82,7 @@ class CodecFit:
         """
         scale = self._scale(sample, exp_avg_sq)
         for batch in _batches(sample[: len(sample) // 2] or sample):
-            drawn, _ = self._pairs(batch)
-            for name, pair in drawn.items():
+            for name, pair in self._deciding_pairs(batch).items():
                 short, long = self._basis_rows(name, pair, scale)
                 self._short[name] = self._short.get(name, 0) + short.mT @ short  # type: ignore[assignment]
                 if name not in self._long:
@@ -92,19 +91,30 @@ class CodecFit:
                 self._long[name].add(long)
 
     def add_squares(self, sample: Sequence[Encoded], *, exp_avg_sq: Mapping[str, Tensor] | None = None) -> None:
-        """Take in eigenvalues and energies; the bases are settled by the first call."""
+        """Take in eigenvalues and energies; the first call settles the bases."""
         scale, adam = self._scale(sample, exp_avg_sq), adam_scale(exp_avg_sq)
         if not self._sums:
-            for name, short in self._short.items():
-                self._sums[name] = _Sums(_eigenvectors(short), self._long[name].basis())
+            self.settle_bases()
         for batch in _batches(sample[len(sample) // 2 :]):
-            drawn, given = self._pairs(batch)
+            drawn, given = self._both_pairs(batch)
             for name, sums in self._sums.items():
                 sums.add(
                     _scaled(drawn[name].gradient(), scale, name),
                     _scaled(given[name].gradient(), scale, name),
                     _scaled(given[name].gradient(), adam, name),
                 )
+
+    def settle_bases(self) -> list[Tensor]:
+        """Make the bases out of what was taken in, and return them, for workers to share one worker's."""
+        for name, short in self._short.items():
+            self._sums[name] = _Sums(_eigenvectors(short).contiguous(), self._long[name].basis())
+        return [basis for sums in self._sums.values() for basis in (sums.short_basis, sums.long_basis)]
+
+    def sums(self) -> list[Tensor]:
+        """Return the sums taken in so far, those of the bases until these are settled; workers add theirs in place."""
+        if self._sums:
+            return [tensor for sums in self._sums.values() for tensor in sums.tensors()]
+        return [tensor for name, short in self._short.items() for tensor in (short, self._long[name].sum)]
 
     def codec(self) -> GradientCodec:
         """Return what was fitted; its tensors are on the CPU."""
@@ -118,7 +128,8 @@ class CodecFit:
             everything = torch.arange(weight.numel(), device=weight.device)
             fitted.append(FactorCodec(name, sums.short_basis, sums.long_basis, weight, everything))
             energies.append(sums.energies * weight**2)
-        return cut(self.settings.preconditioner, self._in_nats(fitted, energies), energies, dim=self.settings.dim).to("cpu")
+        fitted = self._in_nats(fitted, energies)
+        return cut(self.settings.preconditioner, fitted, energies, dim=self.settings.dim).to("cpu")
 
     def _in_nats(self, fitted: list[FactorCodec], energies: Sequence[Tensor]) -> list[FactorCodec]:
         wanted = sum(float(sums.adam_size) for sums in self._sums.values())
@@ -127,17 +138,25 @@ class CodecFit:
         gain = (wanted / max(sum(float(energy.sum()) for energy in energies), _TINY)) ** 0.5
         return [replace(one, weight=one.weight * gain) for one in fitted]
 
-    def _pairs(self, batch: Sequence[Encoded]) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
-        """Return the pairs of the targets that the preconditioner rests on, and of the given ones."""
+    def _deciding_pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
+        """Return the pairs of the targets that the preconditioner rests on."""
         if self.settings.preconditioner == "ekfac":
             return self.factors.drawn_pairs(batch, self._generator)
+        return self.factors.pairs(batch)
+
+    def _both_pairs(self, batch: Sequence[Encoded]) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
+        """Return those and the pairs of the given targets."""
+        if self.settings.preconditioner == "ekfac":
+            return self.factors.both_pairs(batch, self._generator)
         given = self.factors.pairs(batch)
         return given, given
 
     def _basis_rows(self, name: str, pair: FactorPair, scale: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Return the rows whose second moments give the bases: [rows, r] and [rows, l]."""
         if self.settings.preconditioner == "ekfac":
-            return pair.short.float().flatten(0, 1), pair.long.float().flatten(0, 1)
+            # Positions that no loss reaches (padding; behind the last target) have no gradient on one of the two sides.
+            is_reached = (pair.short != 0).any(-1) & (pair.long != 0).any(-1)
+            return pair.short[is_reached].float(), pair.long[is_reached].float()
         gradient = _scaled(pair.gradient(), scale, name)
         return gradient.mT.flatten(0, 1), gradient.flatten(0, 1)
 
@@ -161,16 +180,18 @@ class _Sums:
         self.short_basis, self.long_basis = short_basis, long_basis
         self.eigenvalues = short_basis.new_zeros(short_basis.shape[1], long_basis.shape[1])
         self.energies = torch.zeros_like(self.eigenvalues)
-        self.drawn_size = self.adam_size = short_basis.new_zeros(())
-        self.num = 0
+        self.drawn_size, self.adam_size, self.num = (short_basis.new_zeros(()) for _ in range(3))
 
     def add(self, drawn: Tensor, given: Tensor, adam: Tensor) -> None:
         """Take in gradients [n, r, l]: of drawn targets, of given ones, and these under Adam's scale."""
-        self.eigenvalues = self.eigenvalues + self._turned(drawn).square().sum(0)
-        self.energies = self.energies + self._turned(given).square().sum(0)
-        self.drawn_size = self.drawn_size + drawn.square().sum()
-        self.adam_size = self.adam_size + adam.square().sum()
+        self.eigenvalues += self._turned(drawn).square().sum(0)
+        self.energies += self._turned(given).square().sum(0)
+        self.drawn_size += drawn.square().sum()
+        self.adam_size += adam.square().sum()
         self.num += len(drawn)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.eigenvalues, self.energies, self.drawn_size, self.adam_size, self.num
 
     def _turned(self, gradient: Tensor) -> Tensor:
         return self.short_basis.mT @ gradient @ self.long_basis
@@ -201,20 +222,20 @@ class _Sketch:
             width = 2 * num_vectors
             generator = torch.Generator().manual_seed(seed)
             self._test = torch.linalg.qr(torch.randn(length, width, generator=generator)).Q.to(like.device)
-        self._sum = torch.zeros(length, width, device=like.device)
+        self.sum = torch.zeros(length, width, device=like.device)
 
     def add(self, rows: Tensor) -> None:
         """Take in rows [m, l]."""
-        self._sum += rows.mT @ (rows if self._test is None else rows @ self._test)
+        self.sum += rows.mT @ (rows if self._test is None else rows @ self._test)
 
     def basis(self) -> Tensor:
         """Return [l, b], orthonormal columns by falling eigenvalue."""
         if self._test is None:
-            return _eigenvectors(self._sum)[:, : self.num_vectors].contiguous()
+            return _eigenvectors(self.sum)[:, : self.num_vectors].contiguous()
         # A shift keeps the core's Cholesky factor defined where rows were fewer than directions; it is undone by none,
         # because eigenvectors do not change under it.
-        shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(self._sum) * self._sum.shape[0] ** 0.5
-        shifted = self._sum + shift * self._test
+        shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(self.sum) * self.sum.shape[0] ** 0.5
+        shifted = self.sum + shift * self._test
         core = self._test.mT @ shifted
         factor = torch.linalg.cholesky((core + core.mT) / 2)
         root = torch.linalg.solve_triangular(factor, shifted.mT, upper=False).mT

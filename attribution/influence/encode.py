@@ -47,6 +47,11 @@ def encode_example(
     return input_ids, labels
 
 
+def num_targets(labels: Sequence[int]) -> int:
+    """Return how many tokens carry loss; the first token of a row has nothing to be predicted from."""
+    return sum(label != IGNORED_LABEL for label in labels[1:])
+
+
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Return the ids that ask the model for the next assistant turn after `messages`. Raises EncodeError."""
     segments = _segments(tokenizer, messages)

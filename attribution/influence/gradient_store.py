@@ -2,7 +2,7 @@
 
 Layout of a store, format trailmark-gradients/v1:
     store.json                      everything below with its SHA-256; replaced in one step by every change
-    codecs/<view>.safetensors       how a gradient becomes a row (see codec.py), one per view
+    codecs/<view>.safetensors       how a gradient becomes a row (see codec.py); views may share one
     shards/<name>/ids.json          example ids in row order
     shards/<name>/weights.npy       float32 [rows, views]: the exposure of each example that a view stands for
     shards/<name>/<view>.codes.npy  int8 [rows, d]     <view>.scales.npy  uint8 [rows, d / BLOCK]
@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from attribution.canonical import canonical_json
 from attribution.disk import write_atomically
-from attribution.influence.codec import BLOCK, GradientCodec
+from attribution.influence.codec import GradientCodec
 from attribution.influence.quantise import Quantised, quantise
 from configs.errors import UserError
+from kernels.gradients import BLOCK
 
 FORMAT = "trailmark-gradients/v1"
 HEADER_FILE = "store.json"
@@ -49,6 +50,7 @@ class Shard:
     num_rows: int
     removed: tuple[int, ...]
     files: Mapping[str, str]
+    _opened: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -80,20 +82,27 @@ class Shard:
         return loaded
 
     def rows(self, view: str) -> Quantised:
-        """Return the memory-mapped codes and scales of a view."""
-        return Quantised(self._map(f"{view}.codes.npy"), self._map(f"{view}.scales.npy"), self._sizes(view)[:, 0])
+        """Return the memory-mapped codes and scales of a view; the files stay open."""
+        return Quantised(self._map(view, "codes"), self._map(view, "scales"), self._sizes(view)[0])
 
     def lengths(self, view: str) -> NDArray[np.float32]:
         """Return float32 [rows]: the Euclidean length of each row."""
-        return self._sizes(view)[:, 1]
+        return self._sizes(view)[1]
 
     def _sizes(self, view: str) -> NDArray[np.float32]:
-        loaded: NDArray[np.float32] = np.load(self.folder / f"{view}.sizes.npy")
-        return loaded
+        """Return float32 [2, rows], contiguous: units and lengths."""
+        name = f"{view}.sizes.npy"
+        if name not in self._opened:
+            self._opened[name] = np.ascontiguousarray(np.load(self.folder / name).T)
+        sizes: NDArray[np.float32] = self._opened[name]
+        return sizes
 
-    def _map(self, name: str) -> Any:
-        # Copy-on-write: read-only memory cannot become a torch tensor without a warning.
-        return np.load(self.folder / name, mmap_mode="c")
+    def _map(self, view: str, kind: str) -> Any:
+        name = f"{view}.{kind}.npy"
+        if name not in self._opened:
+            # Copy-on-write: read-only memory cannot become a torch tensor without a warning.
+            self._opened[name] = np.asarray(np.load(self.folder / name, mmap_mode="c"))
+        return self._opened[name]
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "rows": self.num_rows, "removed": list(self.removed), "files": dict(self.files)}
@@ -124,20 +133,24 @@ class GradientStore:
         if (path / HEADER_FILE).exists():
             raise GradientStoreError(f"gradient store {path}: there is one already; open it, or remove the folder")
         (path / "codecs").mkdir(parents=True)
-        views = []
+        views, file_of = [], {}
         for view, codec in codecs.items():
-            file = path / "codecs" / f"{view}.safetensors"
-            codec.save(file)
+            name = file_of.setdefault(id(codec), view)  # views that share a codec share its file
+            file = path / "codecs" / f"{name}.safetensors"
+            if name == view:
+                codec.save(file)
             views.append(
                 {
                     "name": view,
                     "dim": codec.dim,
                     "preconditioner": codec.preconditioner,
                     "energy_kept_micro": round(codec.energy_kept * 1_000_000),
+                    "codec": file.name,
                     "sha256": _sha256(file),
                 }
             )
-        _write_header(path, {"format": FORMAT, "block": BLOCK, "about": dict(about or {}), "views": views, "shards": []})
+        header = {"format": FORMAT, "block": BLOCK, "about": dict(about or {}), "views": views, "shards": []}
+        _write_header(path, header)
         return cls(path, verify=False)
 
     @property
@@ -175,13 +188,21 @@ class GradientStore:
 
     def dim(self, view: str) -> int:
         """Return the numbers in a row of a view."""
-        return int(next(entry["dim"] for entry in self._header["views"] if entry["name"] == view))
+        return int(self._entry(view)["dim"])
 
     def codec(self, view: str) -> GradientCodec:
         """Return how a gradient becomes a row of a view."""
-        if view not in self.views:
-            raise GradientStoreError(f"gradient store {self.path}: no view {view!r}; it has {', '.join(self.views)}")
-        return GradientCodec.load(self.path / "codecs" / f"{view}.safetensors")
+        return GradientCodec.load(self.codec_file(view))
+
+    def codec_file(self, view: str) -> Path:
+        """Return the file that `codec` reads."""
+        return self.path / "codecs" / str(self._entry(view)["codec"])
+
+    def _entry(self, view: str) -> dict[str, Any]:
+        for entry in self._header["views"]:
+            if entry["name"] == view:
+                return dict(entry)
+        raise GradientStoreError(f"gradient store {self.path}: no view {view!r}; it has {', '.join(self.views)}")
 
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all live examples that are here, in row order."""
@@ -190,7 +211,7 @@ class GradientStore:
     def verify(self) -> None:
         """Hash every file that is here. Raises GradientStoreError naming the first that is missing or altered."""
         for entry in self._header["views"]:
-            self._check(self.path / "codecs" / f"{entry['name']}.safetensors", entry["sha256"])
+            self._check(self.path / "codecs" / entry["codec"], entry["sha256"])
         for shard in self.shards:
             if shard.is_here:
                 for name, digest in shard.files.items():

@@ -1,7 +1,7 @@
 """Rows of floats as int8 codes: a scale per row and block of columns.
 
-value[i, j] ~ codes[i, j] * scales[i, j // BLOCK] * units[i]. A block's scale is a byte, a row's unit a float32: 1.6 % on
-top of the codes. Columns come by falling energy, so that a block's values are alike in size.
+value[i, j] ~ codes[i, j] * scales[i, j // BLOCK] * units[i]. A block's scale is a byte, a row's unit a float32: 1.6 %
+on top of the codes. Columns come by falling energy, so that a block's values are alike in size.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attribution.influence.codec import BLOCK
+from kernels.gradients import BLOCK
 
 LARGEST_CODE, LARGEST_SCALE = 127, 255
 TINY = float(np.finfo(np.float32).tiny)

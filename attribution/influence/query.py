@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attribution.influence.encode import IGNORED_LABEL
-from attribution.influence.factors import Encoded, LoraFactors
+from attribution.influence.factors import Encoded, LoraFactors, set_factor_weights
 from attribution.influence.gradients import GradientFeatures, target_log_likelihoods
 from attribution.influence.rows import StoreRows, TraceRows
 from attribution.influence.store import Trace, TraceError
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from attribution.influence.codec import GradientCodec
     from attribution.influence.gradient_store import GradientStore
     from attribution.store import Store
+
+
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class AdapterModels:
         self._adapter_path: Path | None = None
         self._model: Any = None
         self._features: tuple[tuple[int, int], GradientFeatures] | None = None
-        self._codecs: dict[tuple[Path, str], GradientCodec] = {}
+        self._codecs: dict[Path, GradientCodec] = {}
+        self._states: dict[tuple[Path, int], tuple[dict[str, Tensor], dict[str, Tensor] | None]] = {}
+        self._own: dict[tuple[Path, Path], bool] = {}
         self._verified: set[Path] = set()
 
     def folder(self, store: "Store", digest: str) -> Path:
@@ -66,6 +71,19 @@ class AdapterModels:
         with model.disable_adapter():
             alone = target_log_likelihoods(model, batch)[0]
         return (adapted - alone).double().numpy()
+
+    def is_own(self, trace: Trace, adapter: Path) -> bool:
+        """Say whether an adapter's weights are those its trace ends with: none merged, averaged or edited since."""
+        key = (trace.path, adapter)
+        if key not in self._own:
+            from safetensors.torch import load_file
+
+            served = load_file(adapter / ADAPTER_WEIGHTS_FILE)
+            trained = trace.adapter_weights(trace.checkpoint_steps[-1])
+            self._own[key] = served.keys() == trained.keys() and all(
+                torch.equal(served[name].float(), trained[name].float()) for name in served
+            )
+        return self._own[key]
 
     def features(
         self, completion: Completion, rows: "TraceRows | StoreRows", *, base: Path, adapter: Path, num_groups: int
@@ -96,7 +114,7 @@ class AdapterModels:
     ) -> NDArray[np.float32]:
         """Return float32 [views, token groups, d] for some views of a store, all by default.
 
-        One forward per view and one backward per view and group. Raises TraceError when the store is of another adapter.
+        One forward per view, one backward per view and group. Raises TraceError when the store is of another adapter.
         """
         factors = LoraFactors(self._load(base, adapter))
         with _served_again(factors):
@@ -120,13 +138,22 @@ class AdapterModels:
                 f"trace {trace.path.name}: its gradients are of other modules than the adapter's; "
                 "the trace belongs to another adapter"
             )
-        _set_factor_weights(factors, trace.adapter_weights(int(view)))
-        moments = trace.exp_avg_sq(int(view)) if codec.preconditioner == "adam" else None
+        weights, moments = self._state(trace, int(view), with_moments=codec.preconditioner == "adam")
+        set_factor_weights(factors, weights)
         groups = factors.group_pairs(completion.encoded, num_groups=num_groups)
         return torch.cat([codec.encode(pairs, exp_avg_sq=moments) for pairs in groups]).cpu().numpy()
 
+    def _state(
+        self, trace: Trace, step: int, *, with_moments: bool
+    ) -> "tuple[dict[str, Tensor], dict[str, Tensor] | None]":
+        """Return a checkpoint's weights and, where rows were made with them, second moments; kept for the next query."""
+        key = (trace.path, step)
+        if key not in self._states:
+            self._states[key] = (trace.adapter_weights(step), trace.exp_avg_sq(step) if with_moments else None)
+        return self._states[key]
+
     def _codec(self, store: "GradientStore", view: str) -> "GradientCodec":
-        key = (store.path, view)
+        key = store.codec_file(view)
         if key not in self._codecs:
             device = next(self._model.parameters()).device
             self._codecs[key] = store.codec(view).to(device)
@@ -136,7 +163,7 @@ class AdapterModels:
     def _at(
         features: GradientFeatures, completion: Completion, trace: Trace, step: int, num_groups: int
     ) -> NDArray[np.float32]:
-        _set_factor_weights(features.factors, trace.adapter_weights(step))
+        set_factor_weights(features.factors, trace.adapter_weights(step))
         input_ids, labels = completion.encoded
         rows = features.token_features(input_ids, labels, exp_avg_sq=trace.exp_avg_sq(step), num_groups=num_groups)
         return rows.numpy()
@@ -165,6 +192,7 @@ class AdapterModels:
         plain = self._model.unload() if self._model is not None and self._base_path == base else None
         self._model = self._features = self._base_path = self._adapter_path = None
         self._codecs.clear()
+        self._states.clear()
         if plain is None:
             plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
             plain.requires_grad_(False)
@@ -176,26 +204,8 @@ class AdapterModels:
 @contextmanager
 def _served_again(factors: LoraFactors) -> Iterator[None]:
     """Put the factors' present weights back afterwards."""
-    served = {name: parameter.detach().clone() for name, parameter in _factors(factors).items()}
+    served = {name: parameter.detach().clone() for name, parameter in factors.parameters().items()}
     try:
         yield
     finally:
-        _set_factor_weights(factors, served)
-
-
-def _set_factor_weights(factors: LoraFactors, weights: Mapping[str, Tensor]) -> None:
-    """Copy LoRA weights by PEFT name into the model. Raises TraceError for a missing or misshapen one."""
-    with torch.no_grad():
-        for name, parameter in _factors(factors).items():
-            value = weights.get(name)
-            if value is None or value.shape != parameter.shape:
-                raise TraceError(f"checkpoint: weight {name!r} is missing or misshapen; train the adapter again")
-            parameter.copy_(value)
-
-
-def _factors(factors: LoraFactors) -> dict[str, Tensor]:
-    return {
-        f"{module.name}.lora_{side}.weight": linear.weight
-        for module in factors.modules
-        for side, linear in (("A", module.lora_a), ("B", module.lora_b))
-    }
+        set_factor_weights(factors, served)

@@ -9,6 +9,7 @@ At w = 1 this is the training loop. Shape legend: n examples, b runs at once, k 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from attribution.influence.gradients import Encoded
 from attribution.influence.stacked_lora import StackedLora, TokenRows
 from configs.errors import UserError
+
+if TYPE_CHECKING:
+    from attribution.influence.store import Trace
 
 CLIP_EPS = 1e-6
 """What DeepSpeed and torch add to the norm before they compare it."""
@@ -89,9 +93,44 @@ class LoraRun:
         self._rows = [torch.tensor(step.rows, device=self.lora.device) for step in recipe.steps]
         self._divisors = [int(self._data.num_targets[rows].sum()) for rows in self._rows]
 
+    @classmethod
+    def of_trace(cls, trace: "Trace", model: nn.Module) -> "LoraRun":
+        """Return the run that a recorder wrote down; `model` is its base with an adapter of the same shape.
+
+        Raises:
+            TraceError: the adapter was trained without a recorder, or a row was erased since.
+            ReplayError: the run had dropout, whose masks nobody kept.
+            StackError: the recorded weights are not of the model's adapter.
+        """
+        facts = trace.facts
+        if facts.lora_dropout:
+            raise ReplayError(
+                f"trace {trace.path.name}: trained with train.lora_dropout={facts.lora_dropout:g}, whose masks were "
+                "not kept: the run cannot be replayed; its stored gradients still rank examples (`trailmark ask who`)"
+            )
+        recipe = RunRecipe(
+            tuple(RunStep(step.rows, step.lr) for step in trace.steps),
+            beta1=facts.adam.beta1,
+            beta2=facts.adam.beta2,
+            eps=facts.adam.eps,
+            weight_decay=facts.weight_decay,
+            max_grad_norm=facts.max_grad_norm,
+        )
+        run = cls(model, trace.encoded, recipe)
+        run._first = run.lora.flatten(trace.adapter_weights(0))
+        return run
+
     @property
     def num_steps(self) -> int:
         return len(self.recipe.steps)
+
+    def rows_of(self, step: int) -> Tensor:
+        """Return int64 [k]: the examples of a step's batch."""
+        return self._rows[step]
+
+    def divisor_of(self, step: int) -> int:
+        """Return the target tokens of a step's whole batch."""
+        return self._divisors[step]
 
     def initial(self) -> RunState:
         """Return the state before the first step, [p]."""

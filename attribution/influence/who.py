@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 LABEL = "stability"
 NO_TRACE = "the adapter has no training trace, so its rows cannot be scored; its lineage still says who is behind it"
+OTHER_WEIGHTS = (
+    "the adapter's weights are not those its training trace ends with (merged, averaged or edited since), so its rows "
+    "cannot be scored; the gain over the base is measured, BM25 names likely rows, its lineage who is behind it"
+)
 MICRO = 1_000_000
 MAX_TEXT_CHARS = 600
 NUM_TOP_CONTRIBUTORS = 20
@@ -64,7 +68,7 @@ class ExplainSettings:
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
     """The receipted completion and where its parts lie."""
 
     receipt: dict[str, Any]
@@ -99,7 +103,7 @@ def explain(
     Raises ExplainError for an unknown, erased or empty completion; TraceError for a broken trace.
     """
     settings = settings or ExplainSettings()
-    subject = _subject(trail, receipt_id)
+    subject = subject_of(trail, receipt_id)
     if subject.receipt["adapter"] is None:
         return _answer(subject, settings, base_did_it=True, reason="the request was for the base model")
     models = models or _new_models()
@@ -112,6 +116,8 @@ def explain(
     if gain.is_of_base:
         reason = _base_reason(gain)
         return _answer(subject, settings, base_did_it=True, reason=reason, gain=gain, baselines=baselines)
+    if not models.is_own(trace, models.folder(trail.store, subject.receipt["adapter"])):
+        return _answer(subject, settings, base_did_it=False, reason=OTHER_WEIGHTS, gain=gain, baselines=baselines)
     scored = _score(trail, subject, settings, models, trace)
     attribution = _credited(subject, settings, scored, gain=gain, baselines=baselines, names=names)
     if record:
@@ -161,7 +167,8 @@ def _append_influence(trail: "Trail", body: Any, adapter: "Artefact", attributio
     return entry.leaf_hash
 
 
-def _subject(trail: "Trail", receipt_id: str) -> _Subject:
+def subject_of(trail: "Trail", receipt_id: str) -> Subject:
+    """Return what a receipt (or a unique prefix of its id) is about. Raises ExplainError."""
     from attribution.influence.query import Completion
     from attribution.receipts import find_receipt, receipt_content
 
@@ -174,7 +181,7 @@ def _subject(trail: "Trail", receipt_id: str) -> _Subject:
     if not output_ids:
         raise ExplainError(f"receipt {receipt['id']}: the completion has no token, so nothing made it")
     completion = Completion(tuple(content["prompt_token_ids"]), output_ids)
-    return _Subject(receipt, stored.leaf_hash, completion, f"{_prompt_text(content)}\n{content['output_text']}")
+    return Subject(receipt, stored.leaf_hash, completion, f"{_prompt_text(content)}\n{content['output_text']}")
 
 
 def _prompt_text(content: dict[str, Any]) -> str:
@@ -191,7 +198,7 @@ def _new_models() -> "AdapterModels":
     return AdapterModels()
 
 
-def _gain(trail: "Trail", subject: _Subject, settings: ExplainSettings, models: "AdapterModels") -> Gain:
+def _gain(trail: "Trail", subject: Subject, settings: ExplainSettings, models: "AdapterModels") -> Gain:
     base, adapter = (models.folder(trail.store, subject.receipt[key]) for key in ("base", "adapter"))
     gains = models.gains(subject.completion, base=base, adapter=adapter)
     spread = bootstrap_mean(gains, num_draws=settings.num_bootstrap, seed=settings.seed, confidence=settings.confidence)
@@ -212,7 +219,7 @@ def _trace_of(trail: "Trail", adapter: str, models: "AdapterModels") -> Trace | 
 
 
 def _score(
-    trail: "Trail", subject: _Subject, settings: ExplainSettings, models: "AdapterModels", trace: Trace
+    trail: "Trail", subject: Subject, settings: ExplainSettings, models: "AdapterModels", trace: Trace
 ) -> _Scored:
     base, adapter = (models.folder(trail.store, subject.receipt[key]) for key in ("base", "adapter"))
     rows = rows_of(trace, verify=False)  # the store verified the trace's folder when it was opened
@@ -221,7 +228,7 @@ def _score(
 
 
 def _credited(
-    subject: _Subject,
+    subject: Subject,
     settings: ExplainSettings,
     scored: _Scored,
     *,
@@ -282,7 +289,7 @@ def _top_examples(scored: _Scored, settings: ExplainSettings, names: dict[str, s
 
 
 def _baselines(
-    trace: Trace, subject: _Subject, settings: ExplainSettings, names: dict[str, str]
+    trace: Trace, subject: Subject, settings: ExplainSettings, names: dict[str, str]
 ) -> dict[str, tuple[BaselineRank, ...]]:
     rankings = {
         "bm25": bm25_ranking(trace.examples, subject.text, num_hits=settings.top_examples),
@@ -315,7 +322,7 @@ def _method(scored: _Scored, settings: ExplainSettings) -> str:
 
 
 def _answer(
-    subject: _Subject,
+    subject: Subject,
     settings: ExplainSettings,
     *,
     base_did_it: bool,

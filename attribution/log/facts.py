@@ -20,6 +20,7 @@ def receipt_facts(receipt: Receipt, completions: ProvedRecord, lineage: list[Pro
         "adapter": receipt.adapter,
         "adapter_record": receipt.adapter_record,
         "base": receipt.base,
+        "prompt": receipt.prompt_version,
         "request_digest": receipt.request_digest,
         "output_digest": receipt.output_digest,
         "prompt_tokens": receipt.prompt_tokens,
@@ -41,6 +42,16 @@ def record_facts(record: ProvedRecord, lineage: list[ProvedRecord]) -> dict[str,
         "signed_by": list(record.signers),
         "body": None if record.record is None else to_plain(record.record.body, record.leaf.kind),
         "contributors": contributors([*lineage, record]),
+    }
+
+
+def ancestry_facts(lineage: list[ProvedRecord]) -> dict[str, Any]:
+    """Return the facts of the records that a model comes from."""
+    artefacts = [item for record in lineage if record.record is not None for item in record.record.outputs]
+    return {
+        "adapters": {item.name: item.digest for item in artefacts if item.kind == "adapter"},
+        "base_models": {item.name: item.digest for item in artefacts if item.kind == "base_model"},
+        "contributors": contributors(lineage),
     }
 
 

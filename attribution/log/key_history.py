@@ -140,6 +140,12 @@ class KeyHistory:
         for _, time_us, key_id, what in self.uses:
             self._require_unrevoked(key_id, time_us, what)
 
+    def require_unrevoked_by(self, other: "KeyHistory") -> None:
+        """As `require_unrevoked`, of what another file's records revoke."""
+        for key_id, revocation in other.revoked.items():
+            self.revoke(key_id, revocation)
+        self.require_unrevoked()
+
     def _may_sign(self, key: KnownKey, record: Record) -> bool:
         return key.role == "operator" or (key.role == "contributor" and record.kind in CONTRIBUTOR_KINDS)
 

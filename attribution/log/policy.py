@@ -168,6 +168,18 @@ class Policy:
         return f"{group.threshold} of {', '.join(members)}"
 
 
+def with_log_key(text: str, key: NoteKey) -> str:
+    """Return a policy's text with a log's new key before the one it has of that log, if it has one."""
+    lines = text.split("\n")
+    words = [line.split() for line in lines]
+    if any(found[:1] == ["log"] and found[1:2] == [str(key)] for found in words):
+        return text
+    for number, found in enumerate(words):
+        if found[:1] == ["log"] and len(found) > 1 and found[1].partition("+")[0] == key.name:
+            return "\n".join([*lines[:number], " ".join(["log", str(key), *found[2:]]), *lines[number:]])
+    return text
+
+
 class _Reader:
     """What a policy's lines have defined so far."""
 

@@ -18,15 +18,18 @@ from pathlib import Path
 
 from attribution.log.cosignature import CosignerKey
 from attribution.log.note import NoteError, NoteKey, parse_signature_line, split_note
-from attribution.log.policy import Policy
-from attribution.log.published import TILES
+from attribution.log.policy import Policy, with_log_key
+from attribution.log.published import TILES, published_note
 from attribution.log.sequencer import Log
 from attribution.log.tiles import TilesError, TileWriter
+from attribution.log.witness import KEY_FILE, Witness
 from attribution.log.witness_client import WitnessClient
 from attribution.store import make_directory, write_atomically
 from configs.errors import UserError
 
 POLICY_FILE, STATE_FILE = "policy", "witnesses.json"
+WITNESSES = "witnesses"
+"""The folder below a home where the witnesses lie that it runs itself."""
 RETRY_S, MAX_RETRY_S = 1.0, 30.0
 BATCH = 65_536
 """Leaves read from the log at once."""
@@ -217,6 +220,48 @@ class Publisher:
         self._failures[client.url] = failures
         pause_s = min(RETRY_S * 2 ** (failures - 1), MAX_RETRY_S) if failures else 0.0
         self._retry_at[client.url] = time.monotonic() + pause_s
+
+
+def follow_log_key(home: Path, key: NoteKey) -> None:
+    """Tell HOME/policy and the witnesses in this home of a log's new key, beside the one before. Safe to repeat."""
+    path = home / POLICY_FILE
+    if path.is_file():
+        before = path.read_text(encoding="utf-8", errors="surrogateescape")
+        after = with_log_key(before, key)
+        if after != before:
+            write_atomically(path, after.encode(errors="surrogateescape"))
+    for directory in sorted((home / WITNESSES).glob("*")):
+        if (directory / KEY_FILE).is_file():
+            Witness(directory).add_log(key)
+
+
+def renew_published(log: Log, home: Path, *, timeout_s: float = 15.0) -> str:
+    """Get the log's newest checkpoint published and cosigned at once; return how that went, "" when none ever was.
+
+    A publisher at work does it, and is waited for; else it is done here.
+    """
+    publisher = Publisher(log, home=home)
+    if not publisher.shown():
+        return ""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with publisher.exclusive():
+                return str(publisher.publish()) + _troubles(load_outcome(home))
+        except TilesError as error:
+            problem = str(error)
+        shown = published_note(publisher.out, log)  # under the log's present key
+        if shown is not None and shown[1] == log.size:
+            return f"{log.size} leaves published" + _troubles(load_outcome(home))
+        if time.monotonic() > deadline:
+            return f"{problem}; it has not published the new key's checkpoint yet{_troubles(load_outcome(home))}"
+        time.sleep(0.05)
+
+
+def _troubles(outcome: Outcome | None) -> str:
+    """What is wrong with each witness, in words."""
+    states = outcome.witnesses if outcome is not None else ()
+    return "".join(f"; {state.name}: {state.alarm or state.error}" for state in states if state.alarm or state.error)
 
 
 def save_outcome(home: Path, outcome: Outcome) -> None:

@@ -74,7 +74,7 @@ function metricTable(metrics) {
 
 function playerTable(players) {
   const value = (micro) => (micro / MICRO).toFixed(4);
-  const row = (p) => make("tr", {}, make("td", {}, p.name), make("td", {}, `${value(p.value_micro)} (${value(p.low_micro)} to ${value(p.high_micro)})`), make("td", {}, p.verdict));
+  const row = (p) => make("tr", {}, make("td", {}, p.name || nameOf(p.id)), make("td", {}, `${value(p.value_micro)} (${value(p.low_micro)} to ${value(p.high_micro)})`), make("td", {}, p.verdict));
   const head = make("tr", {}, ...["Part", "Value (interval)", "Verdict"].map((title) => make("th", {}, title)));
   return make("table", {}, head, ...players.map(row));
 }

@@ -9,6 +9,7 @@ from attribution.mlflow_cursor import CURSOR_FILE, Cursor
 from attribution.mlflow_traces import trace_id_of
 from attribution.receipts import completion_rows
 from attribution.records import to_plain
+from attribution.settlement import player_name
 from attribution.trail import Entry, Trail
 
 MICRO = 1e6
@@ -43,7 +44,10 @@ def record_view(trail: Trail, lineage: Lineage, entry: Entry) -> dict[str, Any]:
         "shares": _shares(trail, entry, after, names),
         "metrics": [_micros(item) for item in body.get("metrics", [])],
         "dropped": body.get("dropped", []),
-        "players": [_micros(item) for item in body.get("players", [])],
+        "players": [
+            {**_micros(item), "name": item["name"] or player_name(trail, item["kind"], item["id"])}
+            for item in body.get("players", [])
+        ],
         "signers": [f"{names.get(party.key_id, party.key_id[:12])} ({party.role})" for party in record.contributors]
         if record
         else [],

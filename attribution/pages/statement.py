@@ -5,16 +5,18 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from attribution.log.facts import utc
 from attribution.statement import NO_ADAPTER, PayoutLine, PoolLine, Statement
+from attribution.statement_names import Names, name_of
 
 _FOLDER = Path(__file__).parent
 MAX_LISTED = 200
 MAX_BARS = 40
+MAX_NAME = 24
 FLOW = {"width": 760, "height": 300, "node": 14, "gap": 10, "left": 96, "right": 470}
 BAR = {"width": 760, "row": 30, "left": 190, "right": 96}
 PARTS = {
@@ -55,13 +57,14 @@ class Bar:
     verdict: str
 
 
-def statement_html(statement: Statement, *, leaf_hash: str, index: int) -> str:
+def statement_html(statement: Statement, names: Names, *, leaf_hash: str, index: int) -> str:
     """Return the page of a statement that was recorded as leaf `leaf_hash`, entry `index` of the log."""
     style = (_FOLDER / "statement.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     listed = [line for line in statement.requests if line.problem]
     data = sorted((line for line in statement.payouts if line.source == "data"), key=lambda line: -line.amount)
     text: str = _template().render(
+        name=partial(name_of, names),
         statement=statement,
         policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
         style=style,
@@ -71,7 +74,7 @@ def statement_html(statement: Statement, *, leaf_hash: str, index: int) -> str:
         end=utc(statement.period_end_us),
         flow=ribbons(statement),
         flow_size=FLOW,
-        charts=[_chart(statement, pool, data) for pool in statement.pools if pool.adapter != NO_ADAPTER],
+        charts=[_chart(statement, pool, data, names) for pool in statement.pools if pool.adapter != NO_ADAPTER],
         bar_size=BAR,
         fixed=[line for line in statement.payouts if line.source in ("base", "adapter")],
         listed=listed[:MAX_LISTED],
@@ -109,7 +112,7 @@ def ribbons(statement: Statement) -> list[Ribbon]:
     return found
 
 
-def _chart(statement: Statement, pool: PoolLine, data: Sequence[PayoutLine]) -> dict[str, Any]:
+def _chart(statement: Statement, pool: PoolLine, data: Sequence[PayoutLine], names: Names) -> dict[str, Any]:
     """One adapter: its pool, its settlement, and a bar for each contributor with the interval of the amount."""
     lines = [line for line in data if line.adapter == pool.adapter]
     paid = [line for line in lines if line.amount][:MAX_BARS]
@@ -117,7 +120,7 @@ def _chart(statement: Statement, pool: PoolLine, data: Sequence[PayoutLine]) -> 
     scale = (BAR["width"] - BAR["left"] - BAR["right"]) / highest
     bars = [
         Bar(
-            name=line.name if len(line.name) <= 26 else line.name[:25] + "…",
+            name=_shortened(name_of(names, line.id)),
             amount=line.amount,
             low=line.amount_low,
             high=line.amount_high,
@@ -157,6 +160,10 @@ def _payers(statement: Statement) -> list[tuple[str, int, int]]:
     return sorted(((name, len(fees), sum(fees)) for name, fees in count.items()), key=lambda row: (-row[2], row[0]))[
         :20
     ]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
 
 
 def units(amount: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda.report import Figure, Options, run
-from kernels import kv_write, paged_attention, reference, rms_norm, rope, sampling, silu_mul
+from kernels import kv_write, lora_gradient, paged_attention, reference, rms_norm, rope, sampling, silu_mul
 from kernels.ops import AttentionRun, PagedBatch
 
 MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
@@ -42,6 +42,10 @@ def pairs(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, tuple
     expected = reference.kv_write(cache, new, slots)
     kv_write.kv_write_(cache, new, slots)
     yield "kv_write", (cache, expected)
+    short, long = normal(3, 40, 8, dtype=dtype, device=device), normal(3, 40, 96, dtype=dtype, device=device)
+    basis = normal(96, 33, dtype=torch.float32, device=device).sign() / 16
+    expected = reference.lora_gradient(short, long, basis)
+    yield "lora_gradient", (lora_gradient.lora_gradient_triton(short, long, basis), expected)
     yield "rope", rotated(dtype, device)
     for window in (None, 24):
         yield f"paged_attention, window {window}", attended(dtype, device, window)

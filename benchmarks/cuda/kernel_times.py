@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.cuda.device import Rates, graph_time_s, measure_rates
 from benchmarks.cuda.random_llama import LLAMA_8B, TOY, Shape
 from benchmarks.cuda.report import Figure, Options, run
-from kernels import kv_write, ops, paged_attention, rms_norm, rope, sampling, silu_mul
+from kernels import gradients, kv_write, lora_gradient, ops, paged_attention, rms_norm, rope, sampling, silu_mul
 from kernels.ops import PagedBatch
 
 EPS, BLOCK_SIZE = 1e-5, 16
@@ -72,6 +72,8 @@ def cases(
     for num_tokens in tokens:
         yield from row_cases(shape, num_tokens, dtype=dtype, device=device)
     yield from sampling_cases(shape, min(tokens), device=device)
+    for num_tokens in tokens:
+        yield gradient_case(shape, num_tokens, dtype=dtype, device=device)
     for num_sequences, num_rows, context_len in attention:
         yield attention_case(shape, num_sequences, num_rows, context_len, dtype=dtype, device=device)
 
@@ -132,6 +134,23 @@ def row_cases(shape: Shape, num_tokens: int, *, dtype: torch.dtype, device: torc
         ),
         {"torch": lambda: rotated(qkv, cache, other, table, signed, slots, num_heads=shape.heads)},
         2 * qkv.nbytes + 2 * table.nbytes,
+    )
+
+
+def gradient_case(shape: Shape, num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> Case:
+    """Return 8 examples' gradients of one rank-16 factor whose long side is projected to 64."""
+    short = torch.randn(8, num_tokens, 16, dtype=dtype, device=device)
+    long = torch.randn(8, num_tokens, shape.hidden, dtype=dtype, device=device) / num_tokens
+    # Signs are the same numbers in bf16, to which the kernel rounds the basis.
+    basis = torch.randn(shape.hidden, 64, device=device).sign() / 8
+    num_bytes = short.nbytes + long.nbytes + basis.nbytes
+    flops = 2 * 8 * num_tokens * 64 * (shape.hidden + 16)
+    return Case(
+        f"lora_gradient, 8 x {num_tokens} tokens",
+        lambda: lora_gradient.lora_gradient_triton(short, long, basis),
+        {"torch": lambda: gradients.lora_gradient_torch(short, long, basis)},
+        num_bytes,
+        flops,
     )
 
 

@@ -8,6 +8,7 @@ import typer
 if TYPE_CHECKING:
     from attribution.keys import SigningKey
     from attribution.remote_keys import RemoteKey
+    from attribution.trail import Trail
 
 NAME_HELP = "A contributor's name, `operator` or `log`."
 
@@ -61,7 +62,7 @@ def rotate(
     new = trail.keys.get(name)
     typer.secho(f"{name}: key {old[:16]} gave way to {new.key_id[:16]} (record {entry.leaf_hash[:12]})", fg="green")
     typer.echo(f"The old key lies in {trail.keys.directory / 'former'}; it signs nothing any more.")
-    _tell_readers(trail.home, name)
+    _tell_readers(trail, name)
 
 
 def revoke(
@@ -84,7 +85,7 @@ def revoke(
         typer.secho(f"{entry.leaf.kind.replace('_', ' ')}: record {entry.leaf_hash[:12]}", fg="green")
     if name not in ("operator", "log"):
         typer.echo(f"`trailmark key rotate {name!r} --lost` gives {name} a new key.")
-    _tell_readers(trail.home, name)
+    _tell_readers(trail, name)
 
 
 def encrypt(
@@ -158,6 +159,34 @@ def _time_us(text: str) -> int:
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1_000_000)
 
 
-def _tell_readers(home: Path, name: str) -> None:
-    if name in ("operator", "log"):
-        typer.echo(f"Hand out {home / 'trust.json'} again; receipts of before and after verify with the old one too.")
+def _tell_readers(trail: "Trail", name: str) -> None:
+    """Say what readers and witnesses must do; what this home can do itself for a new log key is done."""
+    if name not in ("operator", "log"):
+        return
+    home = trail.home
+    typer.echo(f"Hand out {home / 'trust.json'} again; receipts of before and after verify with the old one too.")
+    if name == "log":
+        from attribution.log.publisher import renew_published
+
+        trail.refresh()
+        if published := renew_published(trail.log, home):
+            typer.echo(f"Published under the new key: {published}.")
+        for witness in _strange_witnesses(home):
+            typer.echo(f"Witness {witness}: its operator runs `trailmark witness add-log DIR {trail.log.key}`.")
+
+
+def _strange_witnesses(home: Path) -> list[str]:
+    """The witnesses that HOME/policy asks and that do not lie in this home."""
+    from attribution.log.policy import Policy
+    from attribution.log.publisher import POLICY_FILE, WITNESSES
+    from attribution.log.witness import KEY_FILE, Witness
+
+    if not (home / POLICY_FILE).is_file():
+        return []
+    folders = [file.parent for file in (home / WITNESSES).glob(f"*/{KEY_FILE}")]
+    own = {str(key) for folder in folders for key in Witness(folder).keys}
+    return [
+        f"{item.name} ({item.url})"
+        for item in Policy.load(home / POLICY_FILE).witnesses
+        if item.url and str(item.key) not in own
+    ]

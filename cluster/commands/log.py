@@ -29,7 +29,9 @@ class _FileByDefault(TyperGroup):
 
 
 verify_app = typer.Typer(
-    cls=_FileByDefault, help="Verify offline; `verify FILE` checks a receipt or record proof.", no_args_is_help=True
+    cls=_FileByDefault,
+    help="Verify offline; `verify FILE` checks a receipt, an ancestry or a record proof.",
+    no_args_is_help=True,
 )
 log_app = typer.Typer(help="Look at the transparency log and take proofs out of it.", no_args_is_help=True)
 
@@ -42,20 +44,24 @@ def register(app: typer.Typer) -> None:
 
 @verify_app.command("file")
 def verify(
-    file: Annotated[Path, typer.Argument(help="A receipt or record proof (JSON).")],
+    file: Annotated[Path, typer.Argument(help="A receipt, an ancestry or a record proof (JSON).")],
+    ancestry: Annotated[
+        Path | None, typer.Option(help="Ancestry of the receipt's adapter, from `trailmark log ancestry`.")
+    ] = None,
     keys: Annotated[Path | None, KEYS_OPTION] = None,
     policy: Annotated[
         Path | None, typer.Option(help="A tlog-policy file: witnesses, and how many must have cosigned.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print checks and facts as one JSON object.")] = False,
 ) -> None:
-    """Verify a receipt or record proof offline: no network, no log, no cluster. Exits 1 when a check fails."""
+    """Verify a receipt, ancestry or record proof offline: no network, no log. Exits 1 when a check fails."""
     from attribution.log.verify import Trust, verify_file
     from configs.env import home
 
     def check() -> "Verified":
         trust = Trust.load(keys or home() / "trust.json")
-        return verify_file(file, trust=trust if policy is None else trust.with_policy_of(policy))
+        trusted = trust if policy is None else trust.with_policy_of(policy)
+        return verify_file(file, trust=trusted, ancestry=ancestry)
 
     tell(file, check, as_json=as_json)
 
@@ -141,12 +147,32 @@ def proof(
 def receipt(
     receipt_id: Annotated[str, typer.Argument(help="Receipt id, or its beginning.")],
     out: Annotated[Path | None, OUT_OPTION] = None,
+    with_ancestry: Annotated[
+        bool, typer.Option("--with-ancestry", help="One file with all the records its adapter comes from.")
+    ] = False,
 ) -> None:
-    """Write a completion's receipt with all that is needed to verify it offline."""
+    """Write a completion's receipt, about 4 kB, with all that is needed to verify offline that the log holds it."""
+    from attribution.receipt_file import receipt_file
     from attribution.receipts import receipt_bundle
     from attribution.trail import Trail
 
-    _write(receipt_bundle(Trail.open(create=False), receipt_id), out)
+    trail = Trail.open(create=False)
+    if with_ancestry:
+        _write(receipt_bundle(trail, receipt_id), out)
+    else:
+        _write(receipt_file(trail, receipt_id), out, indent=None)
+
+
+@log_app.command("ancestry")
+def ancestry(
+    receipt_id: Annotated[str, typer.Argument(help="Receipt id, or its beginning.")],
+    out: Annotated[Path | None, OUT_OPTION] = None,
+) -> None:
+    """Write the records that a receipt's adapter and base come from: one file for all receipts of that adapter."""
+    from attribution.receipt_file import ancestry_file
+    from attribution.trail import Trail
+
+    _write(ancestry_file(Trail.open(create=False), receipt_id), out)
 
 
 def tell(what: Path | str, verify: "Callable[[], Verified]", *, as_json: bool) -> None:
@@ -180,13 +206,14 @@ def take_over() -> None:
     typer.echo(f"take-over {number}: every writer before it is fenced off")
 
 
-def _write(value: dict[str, Any], out: Path | None) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+def _write(value: dict[str, Any], out: Path | None, *, indent: int | None = 1) -> None:
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False) + "\n"
     if out is None:
         typer.echo(text, nl=False)
         return
     out.write_text(text, encoding="utf-8")
-    typer.echo(f"{out}: {len(text.encode()) / 1000:.0f} kB; check it with `trailmark verify {out}`")
+    typer.echo(f"{out}: {len(text.encode()) / 1000:.1f} kB; check it with `trailmark verify {out}`")
 
 
 def _print_verified(file: Path | str, verified: "Verified") -> None:

@@ -96,7 +96,6 @@ def verify(
     ] = None,
     recheck: Annotated[int, typer.Option(min=0, help="Train so many random cells again; needs --home.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Draws the cells; random by default, and printed.")] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="What a cell may differ by, in the utility's unit.")] = 1e-3,
     as_json: Annotated[bool, typer.Option("--json", help="Print checks and facts as one JSON object.")] = False,
 ) -> None:
     """Verify a statement offline: signature, place in the log, sums, every line. Exits 1 when a check fails."""
@@ -106,17 +105,17 @@ def verify(
     if recheck and home is None:
         raise UserError(f"--recheck {recheck}: needs the home folder, whose data is trained on again; add --home HOME")
     trust = keys or (home or default_home()) / "trust.json"
-    check = partial(_check, file, trust, home, num_cells=recheck, seed=seed, tolerance=tolerance)
+    check = partial(_check, file, trust, home, num_cells=recheck, seed=seed)
     tell(file, check, as_json=as_json)
 
 
-def _check(
-    file: Path, keys: Path, home: Path | None, *, num_cells: int, seed: int | None, tolerance: float
-) -> "Verified":
+def _check(file: Path, keys: Path, home: Path | None, *, num_cells: int, seed: int | None) -> "Verified":
     from attribution.log.proved import VerifyError
     from attribution.log.trust import Trust
+    from attribution.statement_recheck import settlements_of
     from attribution.statement_verify import check_home, verify_statement
     from attribution.trail import Trail
+    from pipelines.settled_values import check_values
     from pipelines.statement import find_copies
 
     try:
@@ -129,15 +128,16 @@ def _check(
     trail = Trail.open(home, create=False)
     leaf_hash = verified.facts["leaf_hash"]
     verified.checks.extend(check_home(trail, statement, partial(find_copies, trail), leaf_hash=leaf_hash))
+    verified.checks.extend(check_values(trail, settlement) for settlement in settlements_of(trail, statement))
     if num_cells:
         from attribution.statement_recheck import recheck
-        from pipelines.settle.driver import recheck_cell
+        from pipelines.settle.recheck import recheck as measure_again
 
-        found = recheck(trail, statement, recheck_cell, num_cells=num_cells, tolerance=tolerance, seed=seed)
+        found = recheck(trail, statement, measure_again, num_cells=num_cells, seed=seed)
         verified.checks.append(
-            f"recheck: {len(found.cells)} random cells (seed {found.seed}) trained again; the largest difference is "
-            f"{found.worst.difference:.2g} (coalition {found.worst.coalition}, item {found.worst.item}), allowed "
-            f"{found.tolerance:g}"
+            f"recheck: {found.num_cells} random cells (seed {found.seed}) trained again; the largest difference is "
+            f"{found.largest_difference:.2g} (coalition {found.worst.coalition}, item {found.worst.item}), allowed "
+            f"{found.worst.tolerance:g}"
         )
     return verified
 
@@ -155,9 +155,11 @@ def _entry(trail: "Trail", leaf: str | None) -> "Entry":
 
 def _print(trail: "Trail", entry: "Entry") -> None:
     from attribution.statement_make import read_statement
+    from attribution.statement_names import names_of
     from cluster.commands.statement_tables import print_statement
 
-    print_statement(read_statement(trail, entry), leaf_hash=entry.leaf_hash)
+    statement = read_statement(trail, entry)
+    print_statement(statement, names_of(trail, statement), leaf_hash=entry.leaf_hash)
 
 
 def _time_us(option: str, text: str) -> int:

@@ -1,4 +1,4 @@
-"""`trailmark train|benchmark|publish`: an adapter, what it is worth, and its name."""
+"""`trailmark train|trace|benchmark|publish`: an adapter, what its run left, what it is worth, and its name."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +11,9 @@ ConfigOption = Annotated[str | None, typer.Option("--config", help="A YAML file 
 
 
 def register(app: typer.Typer) -> None:
-    """Add the three commands."""
+    """Add the four commands."""
     app.command(rich_help_panel=PANEL)(train)
+    app.command(rich_help_panel=PANEL)(trace)
     app.command(rich_help_panel=PANEL)(benchmark)
     app.command(rich_help_panel=PANEL)(publish)
 
@@ -27,6 +28,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the rows; overrides train.epochs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Overrides train.learning_rate.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Overrides train.seed.")] = None,
+    query_set: Annotated[
+        list[str] | None,
+        typer.Option(help="A suite file or refined dataset to score every row against while training; repeat it."),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Train a LoRA adapter on DATASET, prove that it reloads, and record it with a trace of every step."""
@@ -37,16 +42,35 @@ def train(
     from cluster.session import ray_session
     from configs.schema import load_settings, parse_settings
     from pipelines.train.driver import train as run
+    from pipelines.train.queries import artefact_of
 
     settings = load_settings(config)
-    given = {"max_steps": max_steps, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+    given: dict[str, object] = {"max_steps": max_steps, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+    given["query_sets"] = query_set
     overrides = {field: value for field, value in given.items() if value is not None}
     section = parse_settings({"train": {**settings.train.model_dump(), **overrides}}, source="command line").train
     trail = Trail.open(create=False)
+    for reference in section.query_sets:
+        artefact_of(trail, reference)  # a wrong one is told before Ray takes its seconds to start
     console = Console()
     with ray_session(trail.home, settings.cluster), TrainBars(console) as bars:
         report = run(trail, dataset, name=name, base=base or settings.base.source, settings=section, progress=bars)
     console.print(training_table(report, name))
+
+
+def trace(
+    adapter: Annotated[str, typer.Argument(help="Name, NAME@VERSION or digest of an adapter.")],
+    top: Annotated[int, typer.Option(min=1, help="Rows to print at either end of a query set's scores.")] = 5,
+) -> None:
+    """Show what ADAPTER's training wrote down: the states to replay from, the recipe, the in-run scores."""
+    from rich.console import Console
+
+    from attribution.trail import Trail
+    from cluster.commands.trace_tables import trace_view
+
+    console = Console()
+    for table in trace_view(Trail.open(create=False), adapter, top=top):
+        console.print(table)
 
 
 def benchmark(

@@ -1,5 +1,6 @@
 """What train and benchmark show: bars fed by the run's own events, and closing tables."""
 
+import itertools
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -45,6 +46,12 @@ class TrainBars:
             self._progress.update(self._steps, total=event.num_steps)
             for example_id, reason in event.skipped:
                 self._console.print(f"[yellow]row {example_id} is left out:[/yellow] {reason}")
+            for warning in event.warnings:
+                self._console.print(f"[yellow]Warning:[/yellow] {warning}")
+            if event.refresh_steps:
+                self._console.print(
+                    f"In-run scores: the queries' gradients are taken every {event.refresh_steps} steps"
+                )
         elif isinstance(event, AttemptStarted):
             if event.attempt > 1:
                 self._console.print(f"[yellow]attempt {event.attempt}:[/yellow] resumed after step {event.step}")
@@ -87,6 +94,15 @@ def training_table(report: "TrainReport", name: str) -> Table:
     table.add_row("loss, first and last step", f"{report.losses[0]:.4f}, {report.losses[-1]:.4f} nats per token")
     table.add_row("speed", f"{report.tokens_per_s:.0f} real tokens/s, {report.padding_share:.1%} padding on top")
     table.add_row("reloaded logits differ by", f"{report.reload_max_abs_diff:.2g} at most")
+    facts = report.facts
+    num_states, size_mb = len(facts.state_steps), facts.bytes_per_state / 1e6
+    table.add_row("kept for replay", f"the start and {num_states} states of {size_mb:.1f} MB")
+    if report.in_run is not None:
+        for name, queries in itertools.groupby(report.in_run.queries, key=lambda query: query.query_set):
+            table.add_row(f"scored against {name}", f"{sum(query.num_items for query in queries)} queries")
+        every, count = report.in_run.refresh_steps, report.in_run.num_refreshes
+        taken = f"gradients every {every} steps, {count} in all"
+        table.add_row("in-run scores", f"{taken}; {report.in_run.overhead:.1%} on top of the steps' time")
     if report.num_attempts > 1:
         table.add_row("attempts", str(report.num_attempts))
     return table

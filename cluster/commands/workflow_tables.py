@@ -210,9 +210,10 @@ def story_view(trail: "Trail", reference: str, *, with_diffs: bool) -> list[Rend
 def bars_for(kind: str, console: Console) -> AbstractContextManager[Any]:
     """Return the progress bars of a kind of step, to be used as a context."""
     from cluster.commands.data_tables import RowBar
+    from cluster.commands.settle_tables import SettleBars
     from cluster.commands.train_tables import BenchmarkBars, TrainBars
 
-    bars: dict[str, Any] = {"refine": RowBar, "train": TrainBars, "benchmark": BenchmarkBars}
+    bars: dict[str, Any] = {"refine": RowBar, "train": TrainBars, "benchmark": BenchmarkBars, "settle": SettleBars}
     shown: AbstractContextManager[Any] = bars[kind](console)
     return shown
 

@@ -208,6 +208,10 @@ def _summary(body: RefinementBody) -> dict[str, Any]:
     }
 
 
+CONTRIBUTION = "contribution"
+"""The name of every contribution among the inputs: theirs are contributors' words, and go when these are erased."""
+
+
 def _record(
     trail: "Trail",
     chosen: Sequence[Contribution],
@@ -223,7 +227,7 @@ def _record(
     entry = trail.record(
         "refinement",
         made.body,
-        inputs=[*(Artefact("dataset", contribution.name, contribution.rows) for contribution in chosen), *asked_by],
+        inputs=[*(Artefact("dataset", CONTRIBUTION, contribution.rows) for contribution in chosen), *asked_by],
         outputs=[Artefact(KIND, made.body.name, made.digest)],
         contributors=[Party(operator.key_id, "refiner"), *(Party(key_id, "contributor") for key_id in authors)],
         parents=list(dict.fromkeys([*(leaf for each in chosen for leaf in _records_behind(trail, each)), *patches])),

@@ -2,23 +2,18 @@
 
 DeepSpeed's own checkpoint holds one shard per rank and refuses another world size; an adapter is small enough to
 gather. The data cursor is the step number, and learning rate and dropout are pure functions of it: no more is saved.
+DeepSpeed is imported where an engine is given: who only reads or writes the files needs none.
 """
 
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,14 +45,36 @@ class Checkpoint:
 
 def gather(engine: Any, *, step: int) -> Checkpoint:
     """Collect the state from all ranks. Collective: every rank calls it and every rank gets all of it."""
-    weights: Tensors = {}
-    exp_avg: Tensors = {}
-    exp_avg_sq: Tensors = {}
-    for name, parameter in trainable(engine.module).items():
-        weights[name] = _whole(safe_get_full_fp32_param(parameter), name)
-        exp_avg[name] = _whole(safe_get_full_optimizer_state(parameter, "exp_avg"), name)
-        exp_avg_sq[name] = _whole(safe_get_full_optimizer_state(parameter, "exp_avg_sq"), name)
+    weights, exp_avg, exp_avg_sq = (_gather(engine, key) for key in (None, "exp_avg", "exp_avg_sq"))
     return Checkpoint(step, weights, exp_avg, exp_avg_sq)
+
+
+def gather_weights(engine: Any) -> Tensors:
+    """Collect the weights from all ranks, whole, float32. Collective."""
+    return _gather(engine, None)
+
+
+def save_weights(weights: Tensors, folder: Path) -> None:
+    """Write weights alone, as `save` writes a whole state; it is not one to resume from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / ADAPTER_WEIGHTS_FILE, {"format": "pt"})
+
+
+def gather_flat(engine: Any, key: str | None, names: Sequence[str]) -> Tensor:
+    """Return float32 [p] on the engine's device: weights (`key` None) or an Adam moment, in the order of `names`.
+
+    Each rank lays the fragments that ZeRO gave it into zeros and one sum makes them whole: DeepSpeed's own getters sum
+    every parameter alone, hundreds of messages for one adapter. Collective.
+    """
+    parameters = trainable(engine.module)
+    flat = torch.zeros(sum(_numel(parameters[name]) for name in names), device=engine.device)
+    start = 0
+    for name in names:
+        offset, fragment = _fragment(parameters[name], key)
+        flat[start + offset : start + offset + fragment.numel()] = fragment
+        start += _numel(parameters[name])
+    torch.distributed.all_reduce(flat)
+    return flat
 
 
 def save(checkpoint: Checkpoint, folder: Path) -> None:
@@ -97,6 +114,8 @@ def restore(engine: Any, checkpoint: Checkpoint) -> None:
     ZeRO makes Adam's state in its first step, so one step is taken with a zero gradient and a zero rate. Master copy
     and module copy are separate in ZeRO: setting only the master leaves the next forward on stale weights.
     """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
     _materialise(engine)
     for name, parameter in trainable(engine.module).items():
         safe_set_full_fp32_param(parameter, checkpoint.weights[name].to(engine.device))
@@ -120,6 +139,8 @@ def _materialise(engine: Any) -> None:
 
 
 def _set_module_copy(parameter: torch.nn.Parameter, weight: Tensor) -> None:
+    import deepspeed
+
     if not hasattr(parameter, "ds_id"):
         parameter.data.copy_(weight)
         return
@@ -128,9 +149,31 @@ def _set_module_copy(parameter: torch.nn.Parameter, weight: Tensor) -> None:
             parameter.data.copy_(weight)
 
 
-def _whole(tensor: Tensor | None, name: str) -> Tensor:
-    assert tensor is not None and tensor.numel() > 0, f"{name}: DeepSpeed gathered nothing"
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+def _fragment(parameter: Any, key: str | None) -> tuple[int, Tensor]:
+    """Return (offset in the flattened parameter, float32 values) of what this rank keeps of it."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    if hasattr(parameter, "ds_id"):
+        rank, size = torch.distributed.get_rank(), parameter.ds_tensor.ds_numel
+        local = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
+        # The last rank's part is padded to the length of the others'.
+        return min(rank * size, parameter.ds_numel), local.flatten()[: max(0, parameter.ds_numel - rank * size)]
+    if parameter._hp_mapping is None:  # another rank keeps all of it
+        return 0, torch.zeros(0)
+    return parameter._hp_mapping.lp_fragment_address.start, parameter._hp_mapping.get_hp_fragment(key)
+
+
+def _numel(parameter: Any) -> int:
+    """A parameter that ZeRO-3 has taken apart says it is empty."""
+    return int(parameter.ds_numel if hasattr(parameter, "ds_id") else parameter.numel())
+
+
+def _gather(engine: Any, key: str | None) -> Tensors:
+    parameters = trainable(engine.module)
+    flat = gather_flat(engine, key, list(parameters)).cpu()
+    parts = flat.split([_numel(parameter) for parameter in parameters.values()])
+    shapes = (getattr(parameter, "ds_shape", parameter.shape) for parameter in parameters.values())
+    return {name: part.reshape(shape).clone() for name, part, shape in zip(parameters, parts, shapes, strict=True)}
 
 
 def _sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attribution.influence.encode import IGNORED_LABEL, EncodeError, encode_example
+from attribution.influence.encode import EncodeError, encode_example, num_targets
 from configs.schema import TrainSettings
 
 WINDOW_BATCHES = 2
@@ -47,8 +47,8 @@ class Example:
 
     @property
     def num_target_tokens(self) -> int:
-        """Tokens that carry loss; the first token of a row has nothing to be predicted from."""
-        return sum(label != IGNORED_LABEL for label in self.labels[1:])
+        """Tokens that carry loss."""
+        return num_targets(self.labels)
 
     @property
     def encoded(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -143,6 +143,22 @@ def shard(step: Step, *, rank: int, world_size: int) -> tuple[int, ...]:
 def checkpoint_steps(num_steps: int, num_checkpoints: int) -> tuple[int, ...]:
     """Return the step numbers after which weights and moments are kept: evenly spread, the last one final."""
     return tuple(sorted({max(1, round(num_steps * (i + 1) / num_checkpoints)) for i in range(num_checkpoints)}))
+
+
+def state_steps(num_steps: int, *, num_checkpoints: int, num_states: int | None) -> tuple[int, ...]:
+    """Return the step numbers after which the whole state is kept, `checkpoint_steps` among them.
+
+    About `num_states` of them, sqrt(num_steps) by default: a reverse sweep then holds as many states of one segment as
+    there are segments, the least for both together.
+    """
+    wanted = num_states or math.isqrt(num_steps)
+    found: list[int] = []
+    start = 0
+    for end in checkpoint_steps(num_steps, num_checkpoints):
+        num_segments = max(1, round(wanted * (end - start) / num_steps))
+        found += [start + step for step in checkpoint_steps(end - start, num_segments)]
+        start = end
+    return tuple(found)
 
 
 def learning_rate(step: int, *, num_steps: int, settings: TrainSettings) -> float:

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 
 from configs.env import set_variables, variable
-from configs.errors import UserError
 from configs.schema import TrainSettings
 from pipelines.publish import require_name
-from pipelines.train.data import EncodedRows, encode_rows, plan_steps, write_examples
+from pipelines.train.data import EncodedRows, Example, Step, encode_rows, plan_steps, write_examples
 from pipelines.train.plan import Outcome, Plan, StepHook, train_worker
+from pipelines.train.queries import QuerySet, read_query_sets, register, stale_warning, warnings
+from pipelines.train.refined import TrainError, resolve_refined
 from pipelines.train.trace import Event, Journal, JournalFollower, StepTaken
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
+    from attribution.influence.run_facts import InRunMeta, RunFacts
     from attribution.records import Artefact
     from attribution.trail import Entry, Trail
 
@@ -30,17 +32,18 @@ POLL_SECONDS = 0.25
 RUNS_FOLDER = Path("run") / "train"
 
 
-class TrainError(UserError):
-    """A training run that cannot start, or ended without an adapter."""
-
-
 @dataclass(frozen=True)
 class Planned:
-    """What a run is about to do; sent to `progress` once, before the events of the journal."""
+    """What a run is about to do; sent to `progress` once, before the events of the journal.
+
+    `warnings`: what makes in-run scores mean less than they seem to. `refresh_steps`: 0 without a query set.
+    """
 
     num_steps: int
     num_examples: int
     skipped: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...] = ()
+    refresh_steps: int = 0
 
 
 Progress = Callable[[Planned | Event], None]
@@ -48,7 +51,10 @@ Progress = Callable[[Planned | Event], None]
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run made. `losses`: mean nats per target token, one per step; `num_attempts` is 1 when nothing failed."""
+    """What a run made. `losses`: mean nats per target token, one per step; `num_attempts` is 1 when nothing failed.
+
+    `in_run`: how in-run scores were taken; None without a query set.
+    """
 
     entry: "Entry"
     digest: str
@@ -60,6 +66,8 @@ class TrainReport:
     tokens_per_s: float
     padding_share: float
     skipped: tuple[tuple[str, str], ...]
+    facts: "RunFacts"
+    in_run: "InRunMeta | None"
 
     @property
     def num_steps(self) -> int:
@@ -85,6 +93,7 @@ def train(
 
     Raises:
         PublishError: a name that could not be published later.
+        QueryError: a query set that is empty, unknown or cannot be encoded.
         TrainError: nothing to train on, or the run failed; nothing is recorded then.
     """
     from pipelines.base_model import resolve_base
@@ -93,51 +102,46 @@ def train(
     refined = resolve_refined(trail, dataset)
     base_model = resolve_base(trail, base)
     rows = _encode(trail, refined.digest, base_model.path, settings)
-    run_folder = trail.home / RUNS_FOLDER / f"{name}-{uuid.uuid4().hex[:12]}"
-    run_folder.mkdir(parents=True)
-    plan = Plan(run_folder, str(base_model.path), base_model.name, settings)
-    write_examples(plan.examples_file, rows.examples)
+    sets = _query_sets(trail, base_model.path, settings)
+    # By digest, so that the record's configuration says what was scored against wherever the file goes.
+    settings = settings.model_copy(update={"query_sets": tuple(found.artefact.digest for found in sets)})
+    steps = plan_steps(rows.examples, settings)
+    registered = register(sets, settings, tokens_per_step=_tokens_per_step(rows.examples, steps))
+    plan = Plan(new_run_folder(trail, name), str(base_model.path), base_model.name, settings, registered)
+    prepare(plan, rows.examples, num_steps=len(steps))
     tell = progress or _ignore
-    tell(Planned(len(plan_steps(rows.examples, settings)), len(rows.examples), rows.skipped))
-    outcome = _run(plan, hook=hook, progress=tell)
-    inputs = (base_model.artefact, refined.artefact, *([workflow] if workflow else []))
+    told, refresh_steps = warnings(sets, rows.examples), 0
+    if registered is not None:
+        refresh_steps = registered.refresh_steps
+        told += stale_warning(refresh_steps, num_steps=len(steps))
+    tell(Planned(len(steps), len(rows.examples), rows.skipped, tuple(told), refresh_steps))
+    outcome = run_workers(plan, hook=hook, progress=tell)
+    queried = [found.artefact for found in sets if found.artefact != refined.artefact]
+    inputs = (base_model.artefact, refined.artefact, *queried, *([workflow] if workflow else []))
     report = _record(trail, plan, outcome, name=name, inputs=inputs, skipped=rows.skipped)
-    shutil.rmtree(run_folder)
+    shutil.rmtree(plan.run_folder)
     return report
 
 
-@dataclass(frozen=True)
-class Refined:
-    """A refined dataset as a run's input."""
-
-    name: str
-    digest: str
-
-    @property
-    def artefact(self) -> "Artefact":
-        from attribution.records import Artefact
-
-        return Artefact("refined", self.name, self.digest)
+def new_run_folder(trail: "Trail", name: str) -> Path:
+    """Make an empty folder for one run below the home."""
+    folder = trail.home / RUNS_FOLDER / f"{name}-{uuid.uuid4().hex[:12]}"
+    folder.mkdir(parents=True)
+    return folder
 
 
-def resolve_refined(trail: "Trail", dataset: str) -> Refined:
-    """Return the refined dataset of a name or digest. Raises TrainError listing the names that exist."""
-    from attribution.bodies import RefinementBody
-    from attribution.erasure import remaining
+def prepare(plan: Plan, examples: Sequence[Example], *, num_steps: int) -> None:
+    """Write what the workers of every attempt read."""
+    write_examples(plan.examples_file, examples)
+    if plan.queries is not None:
+        from pipelines.train.in_run import create_scores
 
-    known: dict[str, Refined] = {}
-    for entry in trail.entries(kind="refinement"):
-        if entry.record is None or not isinstance(entry.record.body, RefinementBody):
-            continue
-        name = entry.record.body.name
-        for output in entry.record.outputs:
-            if output.kind == "refined":
-                left = remaining(trail, output.digest)
-                known[name] = known[output.digest] = known[left] = Refined(name, left)
-    if dataset not in known:
-        names = ", ".join(sorted({refined.name for refined in known.values()})) or "none"
-        raise TrainError(f"dataset {dataset!r}: no such refined dataset; known: {names} (see `trailmark refine`)")
-    return known[dataset]
+        create_scores(
+            plan.in_run_file,
+            num_steps=num_steps,
+            batch_size=plan.settings.batch_size,
+            num_queries=len(plan.queries.columns),
+        )
 
 
 def _encode(trail: "Trail", digest: str, base_path: Path, settings: TrainSettings) -> EncodedRows:
@@ -154,7 +158,20 @@ def _encode(trail: "Trail", digest: str, base_path: Path, settings: TrainSetting
     return rows
 
 
-def _run(plan: Plan, *, hook: StepHook | None, progress: Progress) -> Outcome:
+def _query_sets(trail: "Trail", base_path: Path, settings: TrainSettings) -> list[QuerySet]:
+    if not settings.query_sets:
+        return []
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_path, local_files_only=True)
+    return read_query_sets(trail, settings.query_sets, tokenizer, max_length=settings.max_length)
+
+
+def _tokens_per_step(examples: Sequence[Example], steps: Sequence[Step]) -> float:
+    return sum(examples[row].num_tokens for step in steps for row in step.rows) / len(steps)
+
+
+def run_workers(plan: Plan, *, hook: StepHook | None = None, progress: Progress) -> Outcome:
     """Run the worker group to its end. Raises TrainError with what the workers said."""
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -251,6 +268,7 @@ def _record(
 ) -> TrainReport:
     """Put trace and adapter into the store and append the record; `inputs` begin with base and dataset."""
     from attribution.bodies import AdapterBody
+    from attribution.influence.store import Trace
     from attribution.records import Artefact, Party
 
     settings, (base, refined, *_) = plan.settings, inputs
@@ -284,6 +302,7 @@ def _record(
         attempt=len(attempts),
     )
     num_tokens = sum(step.num_tokens for step in steps)
+    kept = Trace(trail.store.path_of(trace))
     return TrainReport(
         entry=entry,
         digest=digest,
@@ -295,6 +314,8 @@ def _record(
         tokens_per_s=num_tokens / sum(step.seconds for step in steps),
         padding_share=_padding_share(steps),
         skipped=skipped,
+        facts=kept.facts,
+        in_run=kept.in_run,
     )
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,9 +19,13 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def load_base(path: str, *, dtype: str, device: torch.device | str = "cpu") -> nn.Module:
-    """Load the frozen base. `dtype` is a torch dtype's name."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), local_files_only=True)
+def load_base(
+    path: str, *, dtype: str, device: torch.device | str = "cpu", attention: Literal["sdpa", "eager"] = "sdpa"
+) -> nn.Module:
+    """Load the frozen base. `dtype` is a torch dtype's name, `attention` the name transformers has for how it runs."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
+    )
     model.config.use_cache = False
     return model.to(device)  # type: ignore[no-any-return]
 

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.schema import TrainSettings
+
+if TYPE_CHECKING:
+    from pipelines.train.queries import Registered
 
 StepHook = Callable[[int, int, int], None]
 """Called by every worker before each step with (attempt, rank, step); a test's way to fail on purpose."""
@@ -13,12 +16,17 @@ StepHook = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a worker needs; the run folder is on a file system that all nodes share."""
+    """Everything a worker needs; the run folder is on a file system that all nodes share.
+
+    `stop_after`: end after that many updates, with the state saved and nothing exported; None runs to the end.
+    """
 
     run_folder: Path
     base_path: str
     base_name: str
     settings: TrainSettings
+    queries: "Registered | None" = None
+    stop_after: int | None = None
 
     @property
     def examples_file(self) -> Path:
@@ -31,6 +39,10 @@ class Plan:
     @property
     def trace_folder(self) -> Path:
         return self.run_folder / "trace"
+
+    @property
+    def in_run_file(self) -> Path:
+        return self.run_folder / "in_run.npy"
 
     def checkpoint_folder(self, step: int) -> Path:
         return self.run_folder / "checkpoints" / str(step)

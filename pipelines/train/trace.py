@@ -1,28 +1,45 @@
 """What a run writes down: a journal while it trains, and from it the trace directory that attribution reads.
 
-steps.parquet     step, lr, loss (mean nats per target token before the update), example_ids, time_us
-examples.parquet  row, example_id, contributor, num_target_tokens, text
-checkpoints/<step>/{adapter_model,exp_avg_sq}.safetensors
-gradients/<step>.npy  float16 [num_examples, dim]      gradients/meta.json
+run.json          attribution.influence.store.RunFacts
+steps.parquet     step, lr, loss (mean nats per target token before the update), example_ids, time_us, grad_norm
+examples.parquet  row, example_id, contributor, num_target_tokens, text, input_ids, labels
+checkpoints/0/adapter_model.safetensors                       the weights that training began with
+checkpoints/<step>/{adapter_model,exp_avg,exp_avg_sq}.safetensors
+gradients/store/  see attribution/influence/gradient_store.py      gradients/meta.json
+in_run/steps.npy  float32 [num_steps, 2 (sgd, adam), batch_size, num_queries]      in_run/meta.json
 """
 
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.train.data import EXAMPLES_SCHEMA, Example
+from attribution.influence.run_facts import (
+    IN_RUN_META_FILE,
+    IN_RUN_SCORES_FILE,
+    RUN_FILE,
+    AdamConstants,
+    Attempt,
+    InRunMeta,
+    RunFacts,
+)
+from configs.schema import TrainSettings
+from pipelines.train.data import Example, write_examples
+
+if TYPE_CHECKING:
+    import torch
+
+    from attribution.influence.codec import GradientCodec
+    from pipelines.train.queries import Registered
 
 JOURNAL_FILE = "journal.jsonl"
-ADAM_BETA2 = 0.999
-"""The default of torch.optim.AdamW, which training leaves alone."""
+ADAM = AdamConstants(beta1=0.9, beta2=0.999, eps=1e-8)
 
 STEPS_SCHEMA = pa.schema(
     [
@@ -31,6 +48,7 @@ STEPS_SCHEMA = pa.schema(
         ("loss", pa.float64()),
         ("example_ids", pa.list_(pa.string())),
         ("time_us", pa.int64()),
+        ("grad_norm", pa.float64()),
     ]
 )
 
@@ -48,7 +66,10 @@ class AttemptStarted:
 
 @dataclass(frozen=True)
 class StepTaken:
-    """One update. `loss` is taken before it; tokens are those of all workers."""
+    """One update. `loss` and `grad_norm` (before the clip) are of the weights before it; tokens of all workers.
+
+    `in_run_seconds` of its `seconds` went into in-run scores; `refreshed`: the queries' gradients were taken anew.
+    """
 
     step: int
     lr: float
@@ -58,6 +79,9 @@ class StepTaken:
     padding_share: float
     seconds: float
     time_us: int
+    grad_norm: float = 0.0
+    in_run_seconds: float = 0.0
+    refreshed: bool = False
     event: Literal["step"] = "step"
 
 
@@ -117,31 +141,28 @@ class JournalFollower:
 
 @dataclass(frozen=True)
 class GradientMeta:
-    """How the features of a trace were made, so that a query's can be made alike."""
+    """How the rows of a trace's gradient store were made; `module_dims`: numbers of a row that are of each module."""
 
     projection_seed: int
     projection_dim: int
     module_dims: Mapping[str, int]
     steps: Sequence[int]
     lr: Sequence[float]
+    preconditioner: str
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "v": 1,
+            "v": 2,
             "projection_seed": self.projection_seed,
             "projection_dim": self.projection_dim,
             "modules": [{"name": name, "dim": dim} for name, dim in self.module_dims.items()],
             "dim": sum(self.module_dims.values()),
-            "preconditioner": "adam",
-            "beta2": ADAM_BETA2,
-            "dtype": "float16",
+            "preconditioner": self.preconditioner,
+            "beta2": ADAM.beta2,
+            "dtype": "int8",
             "steps": list(self.steps),
             "lr": {str(step): lr for step, lr in zip(self.steps, self.lr, strict=True)},
         }
-
-
-class GradientOverflow(ValueError):
-    """A feature beyond float16; training again would give the same."""
 
 
 class TraceWriter:
@@ -153,40 +174,92 @@ class TraceWriter:
         (folder / "gradients").mkdir(parents=True)
 
     def write_examples(self, examples: Sequence[Example]) -> None:
-        names = EXAMPLES_SCHEMA.names[:5]
-        columns = {name: [getattr(example, name) for example in examples] for name in names}
-        schema = pa.schema([EXAMPLES_SCHEMA.field(name) for name in names])
-        pq.write_table(pa.table(columns, schema=schema), self.folder / "examples.parquet")
+        write_examples(self.folder / "examples.parquet", examples)
 
     def write_steps(self, steps: Sequence[StepTaken], examples: Sequence[Example]) -> None:
         columns: dict[str, list[Any]] = {
-            name: [getattr(step, name) for step in steps] for name in ("step", "lr", "loss", "time_us")
+            name: [getattr(step, name) for step in steps] for name in ("step", "lr", "loss", "time_us", "grad_norm")
         }
         columns["example_ids"] = [[examples[row].example_id for row in step.rows] for step in steps]
         pq.write_table(pa.table(columns, schema=STEPS_SCHEMA), self.folder / "steps.parquet")
 
-    def write_checkpoint(self, step: int, checkpoint: Path, *, files: Sequence[str]) -> None:
+    def write_checkpoint(self, step: int, checkpoint: Path) -> None:
+        """Take in the tensors of a checkpoint folder."""
         target = self.folder / "checkpoints" / str(step)
         target.mkdir(parents=True)
-        for name in files:
-            shutil.copyfile(checkpoint / name, target / name)
-
-    def write_gradients(self, step: int, features: npt.NDArray[np.float32]) -> None:
-        """Store [num_examples, dim] as float16. Raises GradientOverflow when a value does not fit."""
-        with np.errstate(over="ignore"):
-            half = features.astype(np.float16)
-        if not np.isfinite(half).all():
-            largest = float(np.abs(features).max())
-            row = int(np.argmax(~np.isfinite(half).all(axis=1)))
-            raise GradientOverflow(
-                f"gradients of step {step}: largest feature {largest:.3g} does not fit float16 (65504), first in "
-                f"example row {row}; lower train.learning_rate or train.max_length, or leave that row out"
-            )
-        np.save(self.folder / "gradients" / f"{step}.npy", half)
+        for file in checkpoint.glob("*.safetensors"):
+            shutil.copyfile(file, target / file.name)
 
     def write_meta(self, meta: GradientMeta) -> None:
-        text = json.dumps(meta.to_json(), indent=1, sort_keys=True)
-        (self.folder / "gradients" / "meta.json").write_text(text, encoding="utf-8")
+        self._write_json("gradients/meta.json", meta.to_json())
+
+    def write_facts(self, facts: RunFacts) -> None:
+        self._write_json(RUN_FILE, facts.to_json())
+
+    def write_in_run(self, scores: Path, meta: InRunMeta) -> None:
+        """Take in the file of per-step scores and say what its last axis means."""
+        (self.folder / "in_run").mkdir()
+        shutil.copyfile(scores, self.folder / IN_RUN_SCORES_FILE)
+        self._write_json(IN_RUN_META_FILE, meta.to_json())
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+        (self.folder / name).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def run_facts(
+    settings: TrainSettings,
+    *,
+    device: "torch.device",
+    world_size: int,
+    num_parameters: int,
+    state_steps: tuple[int, ...],
+    attempts: Sequence[AttemptStarted],
+) -> RunFacts:
+    """Return what a trace says about the run as a whole."""
+    import torch
+
+    return RunFacts(
+        adam=ADAM,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        lora_dropout=settings.lora_dropout,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=tuple(settings.target_modules),
+        seed=settings.seed,
+        dtype=settings.dtype,
+        attention=settings.attention,
+        deterministic=settings.deterministic,
+        device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        world_size=world_size,
+        threads_per_worker=settings.threads_per_worker,
+        zero_stage=settings.zero_stage,
+        num_parameters=num_parameters,
+        state_steps=state_steps,
+        attempts=tuple(Attempt(a.attempt, a.world_size, a.step, a.time_us) for a in attempts),
+        versions={name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
+    )
+
+
+def gradient_meta(
+    codec: "GradientCodec", settings: TrainSettings, *, steps: Sequence[int], lr: Sequence[float]
+) -> GradientMeta:
+    """Describe the rows that a codec makes."""
+    dims: dict[str, int] = {}
+    for factor in codec.factors:
+        module = factor.name.rpartition(".")[0]
+        dims[module] = dims.get(module, 0) + len(factor.kept)
+    return GradientMeta(settings.seed, settings.gradient_projection_dim, dims, steps, lr, codec.preconditioner)
+
+
+def in_run_meta(registered: "Registered", steps: Sequence[StepTaken]) -> InRunMeta:
+    """Return what a trace says about its in-run scores."""
+    return InRunMeta(
+        registered.columns,
+        registered.refresh_steps,
+        num_refreshes=sum(step.refreshed for step in steps),
+        overhead=sum(step.in_run_seconds for step in steps) / sum(step.seconds - step.in_run_seconds for step in steps),
+    )
 
 
 def _event(fields: dict[str, Any]) -> Event:

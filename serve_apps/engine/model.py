@@ -84,7 +84,9 @@ class Model:
         cos, sin = angles.cos() * spec.rope_scaling, angles.sin() * spec.rope_scaling
         self._cos = torch.cat((cos, cos), -1).to(device, dtype)
         self._signed_sin = torch.cat((-sin, sin), -1).to(device, dtype)
-        self._cpu_forward = None if native is None else CpuForward(spec, weights, self._lora_groups, native, cos, sin)
+        self._cpu_forward: CpuForward | None = None
+        if native is not None:
+            self._cpu_forward = CpuForward(spec, weights, native=native, cos_PD=cos, sin_PD=sin)
         self.cuda_forward: CudaForward | None = None
         if device.type == "cuda":
             self.cuda_forward = self.build_cuda_forward()

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import pyarrow
+
 from attribution.bodies import AdapterBody, BaseModelBody
+from attribution.coalitions import Coalitions
+from attribution.credit import Search, measure_credit
 from attribution.log.trust import Trust
 from attribution.receipts import ReceiptRow, append_completions
 from attribution.records import Artefact, Party
-from attribution.settlement import SettledPlayer, Settlement, record_settlement
+from attribution.settlement import SettledPlayer, Settlement, record_settlement, settlement_of
 from attribution.statement_make import Period
 from attribution.trail import Entry, Trail
-from configs.schema import RefineSettings
+from configs.schema import RefineSettings, SettleSettings
 from pipelines.contribute import add_contributor, contribute
 from pipelines.refine import driver
 
@@ -79,15 +84,11 @@ class CreditWorld:
             )
         return file
 
-    def settle(self, values: dict[str, tuple[float, float, float]], **changes: Any) -> Entry:
+    def settle(
+        self, values: dict[str, tuple[float, float, float]], *, config: str | None = None, **changes: Any
+    ) -> Entry:
         """Record a settlement of the adapter: contributor -> (value, low, high)."""
         players = tuple(player(self.keys[name], name, *found) for name, found in values.items())
-        table = [
-            {"coalition": bits, "utilities": [-2.0 + 0.5 * bits.count("1"), -1.0 + 0.25 * bits.count("1")]}
-            for bits in ("000", "101", "111")
-        ]
-        import pyarrow
-
         settlement = Settlement(
             adapter=self.digest,
             suite=self.trail.put_json({"suite": 1}),
@@ -100,13 +101,42 @@ class CreditWorld:
             method="settle: ridge on coalition retrains",
             confidence=0.9,
             seed=7,
-            table=self.trail.put_table(pyarrow.Table.from_pylist(table)),
+            table=self.trail.put_table(pyarrow.table({"coalition": ["111"], "utilities": [[-2.0]]})),
             plan=self.trail.put_json({"plan": 1}),
             adapter_name="facts",
             suite_name="harbour",
             over="contributors",
         )
-        return record_settlement(self.trail, replace(settlement, **changes))
+        return record_settlement(self.trail, replace(settlement, **changes), config=config)
+
+
+def measured_settlement(world: CreditWorld) -> Settlement:
+    """Settle the adapter from a utility in which the thief's rows do what mira's do, with all coalitions measured."""
+    names = tuple(ROWS)
+
+    def utility(coalitions: Coalitions) -> Any:
+        mira, noor, thief = (coalitions[:, place] for place in range(3))
+        gain = 0.9 * noor + 0.8 * (mira | thief)
+        return -4 + gain[:, None] * np.linspace(0.9, 1.1, 8)
+
+    how = SettleSettings(budget=7, seed=3)
+    credit = measure_credit(utility, len(names), search=Search.of(how))
+    found = credit.banzhaf
+    table = {
+        "coalition": ["".join("1" if bit else "0" for bit in row) for row in credit.coalitions],
+        "utilities": credit.utilities.tolist(),
+    }
+    plan = {"players": [{"kind": "contributor", "id": world.keys[name]} for name in names]}
+    values = {name: (float(found.values[n]), float(found.low[n]), float(found.high[n])) for n, name in enumerate(names)}
+    entry = world.settle(
+        values,
+        config=world.trail.run_config(how),
+        table=world.trail.put_table(pyarrow.table(table)),
+        plan=world.trail.put_json(plan),
+        empty_value=float(credit.empty.mean()),
+        full_value=float(credit.full.mean()),
+    )
+    return settlement_of(world.trail, entry)
 
 
 def player(key_id: str, name: str, value: float, low: float, high: float) -> SettledPlayer:

@@ -26,6 +26,7 @@ from attribution.bodies import (
     RuleUse,
 )
 from attribution.keys import SigningKey
+from attribution.receipt_file import ancestry_file, receipt_file
 from attribution.receipts import ReceiptRow, append_completions, receipt_bundle
 from attribution.records import Artefact, CodeIdentity, Party
 from attribution.trail import Entry, Trail
@@ -186,6 +187,8 @@ def golden_files(home: Path) -> dict[str, bytes]:
         trail = story.trail
         bundle = receipt_bundle(trail, story.adapter_receipt)
         base_bundle = receipt_bundle(trail, story.base_receipt)
+        receipt = receipt_file(trail, story.adapter_receipt)
+        ancestry = ancestry_file(trail, story.adapter_receipt)
         proof = trail.proof(story.adapter.leaf_hash)
     assert story.adapter.envelope is not None
     return {
@@ -197,6 +200,8 @@ def golden_files(home: Path) -> dict[str, bytes]:
         "record_proof.json": _pretty(proof),
         "receipt_bundle.json": _pretty(bundle),
         "base_receipt_bundle.json": _pretty(base_bundle),
+        "receipt.json": json.dumps(receipt, separators=(",", ":"), ensure_ascii=False).encode() + b"\n",
+        "ancestry.json": _pretty(ancestry),
         "trust.json": (home / "trust.json").read_bytes(),
     }
 

@@ -1,6 +1,8 @@
 """The Ray shells: appends are durable and never wait for a gradient, a scorer answers as the library does."""
 
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,17 @@ import ray
 
 from attribution import actors
 from attribution.bodies import ApprovalBody
+from attribution.influence import gradient_store
+from attribution.influence.ekfac import CodecSettings
+from attribution.influence.query import AdapterModels
+from attribution.influence.question import OpenStores, question_of
+from attribution.influence.topk import top_examples
 from attribution.influence.who import ExplainError, ExplainSettings, explain
 from attribution.receipts import find_receipt, new_receipt_id
 from attribution.store import digest_of
-from attribution.trail import Trail
+from attribution.trail import Trail, TrailError
 from configs.schema import AttributionSettings
-from tests.attribution.influence.planted import plant
+from tests.attribution.influence.planted import plant, with_store
 from tests.attribution.influence.planted_home import PlantedHome, furnish, receipt_row
 
 pytestmark = pytest.mark.ray
@@ -24,7 +31,10 @@ SETTINGS = AttributionSettings(num_scorers=1, num_bootstrap=100)
 @pytest.fixture(scope="module")
 def home(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> PlantedHome:
     folder = tmp_path_factory.mktemp("actors")
-    return furnish(folder / "home", plant(tiny_base, folder / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient_store, "SHARD_ROWS", 2)
+        run = with_store(plant(tiny_base, folder / "run"), folder / "stored", CodecSettings("adam", dim=512))
+    return furnish(folder / "home", run)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +65,25 @@ def test_other_records_go_the_same_way(started: PlantedHome) -> None:
     assert adapter is not None and adapter.leaf_hash in trail.entry(loaded).leaf.parents
     record = trail.entry(approved).record
     assert record is not None and (record.body, record.seed) == (body, 4)
+
+
+def test_threads_share_messages_to_the_writer_and_fail_alone(started: PlantedHome) -> None:
+    client = actors.LogClient()
+    body = ApprovalBody(digest_of(b"x"), "approved", "together")
+
+    def append(number: int) -> str:
+        parents = {"parents": ["ab" * 32]} if number == 3 else {}  # a parent that is not in the log
+        try:
+            return client.append("approval", body, **parents)
+        except TrailError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(append, range(8)))
+    assert answers[3].startswith("parent abab") and len(set(answers)) == 8
+    trail = Trail.open(started.trail.home)
+    recorded = [trail.entry(leaf_hash).record for leaf_hash in answers if leaf_hash != answers[3]]
+    assert all(record is not None and record.body == body for record in recorded)
 
 
 def test_the_writer_has_no_torch(started: PlantedHome) -> None:
@@ -88,6 +117,29 @@ def test_a_scorer_answers_as_the_library_does(started: PlantedHome) -> None:
     assert remote["contributors"][0]["name"] == "otto"
     recorded = [e for e in Trail.open(started.trail.home).entries(kind="influence") if e.record is not None]
     assert receipt_id in {entry.record.body.receipt_id for entry in recorded if entry.record}
+
+
+def test_shards_on_several_nodes_are_merged(started: PlantedHome, tmp_path: Path) -> None:
+    """A second scorer has a home of its own that lacks two of the four shards, as a node would."""
+    partial = tmp_path / "home"
+    shutil.copytree(started.trail.home, partial)
+    stores, models = OpenStores(started.trail), AdapterModels()
+    receipt_id = started.receipts["What do bees make?"]
+    question = question_of(started.trail, receipt_id, models, stores)
+    for shard in stores.get(question.trace).shards[1:3]:
+        shutil.rmtree(partial / shard.folder.relative_to(started.trail.home))
+    settings = ExplainSettings.of(SETTINGS)
+    other = ray.remote(actors.Scorer).options(num_cpus=actors.SCORER_CPUS).remote(str(partial), settings, 1)
+    (expected,) = top_examples(stores.get(question.trace), question.asked, k=5)
+    pool = [other, actors.scorers()[0]]
+    assert actors.top_examples_over(pool, receipt_id, k=5) == expected
+    assert actors.top_examples_over(pool[::-1], receipt_id, k=5) == expected
+    assert expected[0].example_id == "b-2"
+    with pytest.raises(actors.ShardMissing, match="shard 000002 of the gradient store: no scorer's home holds it"):
+        actors.top_examples_over(pool[:1], receipt_id, k=5)
+    with pytest.raises(ExplainError, match="the request was for the base model"):
+        actors.top_examples_over(pool, started.base_receipt, k=5)
+    ray.kill(other)
 
 
 def test_a_mistake_comes_back_as_its_message(started: PlantedHome) -> None:

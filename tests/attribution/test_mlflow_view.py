@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 
+from attribution.bodies import ApprovalBody, MetricChange, WorkflowEffectBody, WorkflowRunBody
+from attribution.erasure import erase
 from attribution.mlflow_datasets import TAG_ROWS
 from attribution.mlflow_notes import Credit, credits_json, escape, note
 from attribution.mlflow_server import TAG_CONTRIBUTORS, TAG_DIGEST, TAG_LEAF, TAG_NOTE, ViewUnavailable
 from attribution.mlflow_traces import ASSESSMENT, ASSESSMENT_SHARES, NOBODY, trace_id_of
 from attribution.mlflow_view import MlflowView
-from attribution.records import Artefact
+from attribution.records import Artefact, Party
 from attribution.trail import Trail
+from attribution.workflow_patches import record_patch
+from pipelines.contribute import add_contributor
 from tests.attribution.mlflow_process import MlflowProcess
 from tests.attribution.records_example import (
     NUM_STEPS,
@@ -35,8 +39,9 @@ from tests.browser import Browser, needs_browser
 QUESTIONS = {"Which lamp burns at Vellmoor?": "A green one.", "Who keeps Cape Ostrel?": "Ines Varga."}
 SHARES = {"Mira, lighthouses": (0.71, 0.56, 0.83), "Noor, lighthouses": (0.12, 0.02, 0.26)}
 PROMPT_TEXTS = ("Answer as a keeper: {{question}}", "Answer as a keeper, in one line: {{question}}")
-# Contributions, refinement, base, adapter, benchmark, publication, two batches, two influences, two prompts, settlement.
-NUM_SHOWN = len(PEOPLE) + 12
+# Contributions, refinement, base, adapter, benchmark, publication, settlement, two batches, two influences, two prompts;
+# a patch, a workflow's run, what the patch did, an approval.
+NUM_SHOWN = len(PEOPLE) + 12 + 4
 DEAD_URI = "http://127.0.0.1:9"  # the discard port: nothing listens
 CATCH_UP_TIMEOUT_S = 240.0
 
@@ -60,7 +65,24 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> ExampleLog:
     for text in PROMPT_TEXTS:
         prompt(example, "greeting", text, by="Mira, lighthouses")
     settle(example, {"Mira, lighthouses": (1.25, 0.75, 1.5), "</script><script>alert('x')</script>": (0.0, -0.5, 0.5)})
+    work(example)
     return example
+
+
+def work(example: ExampleLog) -> None:
+    """A patched workflow that failed, what the patch did all the same, and an approval."""
+    trail, author = example.trail, "keeper_1"
+    add_contributor(trail, author)
+    definition = trail.store.put_blob(b"name: road\n")
+    patch = record_patch(trail, "road", before="", after=definition, author=author, reason="fewer *steps*")
+    steps = ("refine: done", "train: failed: out of memory")
+    trail.record("workflow_run", WorkflowRunBody("road", "failed", steps), parents=[patch.leaf_hash])
+    change = MetricChange("facts", "accuracy", 400_000, 600_000, 200_000, 50_000, 350_000, 40)
+    effect = WorkflowEffectBody("road", (patch.leaf_hash,), "improved", "0 lies outside", 950_000, (change,), ("seed",))
+    trail.record("workflow_effect", effect, parents=[patch.leaf_hash])
+    key = trail.keys.get(author)
+    party = [Party(key.key_id, "approver")]
+    trail.record("approval", ApprovalBody(definition, "approved", "read it"), contributors=party, signer=key)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +260,25 @@ def test_publication_is_a_version_with_alias(client: Any, experiment_id: str, lo
     assert version.source == f"models:/{adapter.model_id}" and version.run_id == adapter.source_run_id
 
 
+def test_workflows_patches_effects_and_approvals_are_runs(client: Any, experiment_id: str, log: ExampleLog) -> None:
+    runs = {}
+    for kind in ("workflow_patch", "workflow_run", "workflow_effect", "approval"):
+        (entry,) = log.trail.entries(kind=kind)
+        runs[kind] = run_of(client, experiment_id, entry.leaf_hash)
+        assert {file.path for file in client.list_artifacts(runs[kind].info.run_id)} >= {"lineage.html", "record.json"}
+    assert {kind: run.info.status for kind, run in runs.items() if run.info.status != "FINISHED"} == {
+        "workflow_run": "FAILED"
+    }
+    notes = {kind: run.data.tags[TAG_NOTE] for kind, run in runs.items()}
+    assert "- train: failed: out of memory" in notes["workflow_run"]
+    assert notes["workflow_patch"].startswith("keeper&#95;1 changed workflow road: fewer &#42;steps&#42;")
+    assert "0.400 to **0.600**, change +0.200 (+0.050 to +0.350, 40 items)" in notes["workflow_effect"]
+    assert runs["workflow_effect"].data.metrics["facts.accuracy.change"] == 0.2
+    assert notes["approval"].startswith("keeper&#95;1 **approved** `sha256:")
+    diff = client.download_artifacts(runs["workflow_patch"].info.run_id, "patch.diff")
+    assert "+name: road" in Path(diff).read_text()
+
+
 def test_completions_are_traces_of_the_model_that_answered(client: Any, experiment_id: str, log: ExampleLog) -> None:
     adapter = model_of(client, experiment_id, log.adapter.leaf_hash).model_id
     base = model_of(client, experiment_id, log.base.leaf_hash).model_id
@@ -402,6 +443,29 @@ def test_away_server_moves_nothing_and_an_emptied_one_is_refilled_by_the_followe
     damaged = next(log.trail.entry(aside.log_index) for aside in refilled.asides() if "100%" not in aside.error)
     assert len(asides) == 2 and [item.leaf for item in differences] == [damaged.leaf_hash]  # the other has its run
     refilled.close()
+
+
+def test_what_was_erased_leaves_a_real_server(log: ExampleLog, server: MlflowProcess, client: Any) -> None:
+    """Run, model, registered version, prompt version, traces, and the page's record; the rest stays as it was."""
+    trail = log.trail
+    (prompt_entry, *_) = trail.entries(kind="prompt")
+    batch = log.completions[0]
+    operator = Party(trail.keys.get("operator").key_id, "operator")
+    view = MlflowView(trail, server.uri)
+    before = view.reconcile(repair=False)
+    experiment = str(client.get_experiment_by_name("trailmark").experiment_id)
+    doomed = [log.adapter, prompt_entry, batch]
+    erase(trail, [entry.leaf_hash for entry in doomed], reason="she asked", requester=operator)
+    assert view.sync() == len(doomed)
+    assert client.search_runs([experiment], f"tags.`{TAG_LEAF}` = '{log.adapter.leaf_hash}'") == []
+    filters = f"tags.`{TAG_LEAF}` = '{log.adapter.leaf_hash}'"
+    assert list(client.search_logged_models([experiment], filter_string=filters)) == []
+    assert list(client.search_model_versions("name = 'facts'")) == []
+    assert [version.version for version in client.search_prompt_versions("greeting.prompt")] == ["2"]
+    shown = {trace.info.trace_metadata[TAG_LEAF] for trace in client.search_traces(locations=[experiment])}
+    assert batch.leaf_hash not in shown and shown
+    assert {item.leaf for item in view.reconcile(repair=False)} <= {item.leaf for item in before}
+    view.close()
 
 
 def test_names_stay_text_in_notes_and_fit_into_tags(log: ExampleLog) -> None:

@@ -195,12 +195,12 @@ def _forgotten_revocation(story: Story) -> None:
 
 
 def _lost_receipt(story: Story) -> None:
-    with ReceiptIndex(story.trail)._caught_up() as database:
+    with ReceiptIndex(story.trail)._view.open() as database:
         database.execute("DELETE FROM receipts WHERE inner_index = 0")
 
 
 def _moved_receipt(story: Story) -> None:
-    with ReceiptIndex(story.trail)._caught_up() as database:
+    with ReceiptIndex(story.trail)._view.open() as database:
         database.execute("UPDATE receipts SET inner_index = 3 WHERE inner_index = 4")
 
 

@@ -28,7 +28,7 @@ def claims(draw: st.DrawFn, *, max_size: int = 8) -> list[Claim]:
 
 
 def claim(name: str, value: int, width: int) -> Claim:
-    return Claim("contributor", name, name, value, value - width, value + width)
+    return Claim("contributor", name, value, value - width, value + width)
 
 
 def paid(pool: int, found: list[Claim], gain: int, *, familywise: bool = False) -> dict[str, int]:
@@ -84,6 +84,8 @@ def test_cutting_an_identity_gains_not_one_unit(
     after = paid(pool, [*others, *cut], gain)
     mine = sum(amount for name, amount in after.items() if name.startswith("me-"))
     assert mine <= before["me"]
+    jointly = paid(pool, [*others, *cut], gain, familywise=True)
+    assert all(jointly[name] <= amount for name, amount in after.items())  # more names only raise the bar
     sharp = [replace(part, low=part.value, high=part.value) for part in cut]
     if all(part.value for part in sharp):
         kept = paid(pool, [*others, *sharp], gain)
@@ -131,6 +133,12 @@ def test_holm_keeps_a_crowd_of_names_from_being_paid_by_chance() -> None:
     sure = claim("sure", 500_000, 100_000)
     assert paid(10_000, [*lucky, sure], MILLION, familywise=True)["sure"] == 5_000
     assert sum(paid(10_000, [*lucky, sure], MILLION, familywise=True).values()) == 5_000
+
+
+def test_the_settlements_own_test_must_agree() -> None:
+    sure = claim("sure", 100, 10)
+    for p_micro, amount in ((0, 50), (100_000, 50), (100_001, 0)):
+        assert paid(100, [replace(sure, settled_p_micro=p_micro)], 200, familywise=True)["sure"] == amount
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """A settlement and its record: read back as it was measured, whatever the number of players."""
 
+import base64
+import json
 from dataclasses import replace
 
 import pytest
 
 from attribution.bodies import SettlementBody
+from attribution.erasure import erase
+from attribution.records import Party
 from attribution.settlement import (
     MAX_PLAYERS_IN_RECORD,
     SettlementError,
@@ -41,7 +45,7 @@ def test_a_settlement_is_read_back_largest_value_first(log: ExampleLog) -> None:
 def test_more_players_than_a_record_holds_are_kept_in_its_table(log: ExampleLog) -> None:
     (first,) = settlements(log.trail)[:1]
     crowd = tuple(
-        replace(first.players[0], id=f"{number:064x}", name="ø" * 200, value=number / 7, low=number / 8)
+        replace(first.players[0], kind="rule", id=f"{number:064x}", name="ø" * 200, value=number / 7, low=number / 8)
         for number in range(3 * MAX_PLAYERS_IN_RECORD)
     )
     entry = record_settlement(log.trail, replace(first, players=crowd))
@@ -61,6 +65,17 @@ def test_a_settlement_rounds_its_claims_down(log: ExampleLog) -> None:
     fine = replace(first.players[0], low=0.00000149, high=0.00000151, p_value=1e-9)
     found = settlement_of(log.trail, record_settlement(log.trail, replace(first, players=(fine,))))
     assert (found.players[0].low, found.players[0].high, found.players[0].p_value) == (1e-6, 2e-6, 1e-6)
+
+
+def test_a_name_that_was_erased_is_gone_from_settlements_too(log: ExampleLog) -> None:
+    entry = settle(log, VALUES)
+    assert entry.envelope is not None and b"lighthouses" not in base64.b64decode(json.loads(entry.envelope)["payload"])
+    people = {player.id: player.name for player in settlement_of(log.trail, entry).players}
+    assert set(people.values()) == set(VALUES)
+    key = log.keys["Noise"].key_id
+    erase(log.trail, [log.contributors["Noise"].leaf_hash], reason="asked", requester=Party(key, "contributor"))
+    names = {player.id: player.name for player in settlement_of(log.trail, entry).players}
+    assert names == {**people, key: key[:12]}
 
 
 def test_what_cannot_be_settled_is_refused(log: ExampleLog) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import pytest
 
 from attribution.canonical import canonical_json
 from attribution.log.proved import VerifyError
-from attribution.statement import NO_ADAPTER, Statement, StatementError
+from attribution.settlement import Settlement
+from attribution.statement import NO_ADAPTER, PayoutLine, Statement, StatementError
 from attribution.statement_make import Period, make_statement, read_statement
+from attribution.statement_names import names_of
 from attribution.statement_recheck import recheck
 from attribution.statement_verify import check_home, statement_bundle, verify_statement
-from attribution.trail import Entry
+from attribution.trail import Entry, Trail
 from configs.schema import CreditSettings
 from pipelines.statement import find_copies
 from tests.attribution.credit_world import PERIOD, SECOND_US, START_US, VALUES, CreditWorld, answer, build_world
@@ -50,8 +53,14 @@ def make(world: CreditWorld, file: Path | None = None, period: Period = PERIOD, 
     )
 
 
-def amounts(statement: Statement) -> dict[str, int]:
-    return {line.name: line.amount for line in statement.payouts if line.source == "data"}
+def amounts(world: CreditWorld, statement: Statement) -> dict[str, int]:
+    return {name: line.amount for name, line in data_lines(world, statement).items()}
+
+
+def data_lines(world: CreditWorld, statement: Statement) -> dict[str, PayoutLine]:
+    """The payouts to contributors, by name."""
+    names = names_of(world.trail, statement)
+    return {names[line.id]: line for line in statement.payouts if line.source == "data"}
 
 
 def test_fees_go_to_base_trainer_data_and_platform_and_sum(built: CreditWorld, entry: Entry) -> None:
@@ -62,8 +71,11 @@ def test_fees_go_to_base_trainer_data_and_platform_and_sum(built: CreditWorld, e
     assert (totals.table, totals.fees, totals.platform, totals.base, totals.adapter) == (6000, 6000, 600, 600, 1000)
     assert totals.data + totals.unattributed == 6000 - 2200
     # The gain is 2.0; noor's value 0.9 of it; mira's 0.4 and the 0.4 that her copied rows were measured at.
-    assert amounts(statement) == {"mira": 3000 * 8 // 20, "noor": 3000 * 9 // 20, "thief": 0}
-    fixed = {(line.source, line.kind, line.name): line.amount for line in statement.payouts if line.source != "data"}
+    assert amounts(built, statement) == {"mira": 3000 * 8 // 20, "noor": 3000 * 9 // 20, "thief": 0}
+    names = names_of(built.trail, statement)
+    fixed = {
+        (line.source, line.kind, names[line.id]): line.amount for line in statement.payouts if line.source != "data"
+    }
     assert fixed == {("adapter", "trainer", "operator"): 1000, ("base", "base_model", "tiny (tests)"): 600}
     alone = next(pool for pool in statement.pools if pool.adapter == NO_ADAPTER)
     assert (alone.unattributed, alone.reason) == (800, "the base answered alone")
@@ -75,12 +87,12 @@ def test_the_thief_gets_nothing_and_the_owner_all_of_it(built: CreditWorld, entr
         (built.keys["thief"], built.keys["mira"], 2)
     ]
     assert [cluster.contributors for cluster in statement.clusters] == [(built.keys["mira"], built.keys["thief"])] * 2
-    lines = {line.name: line for line in statement.payouts if line.source == "data"}
+    lines = data_lines(built, statement)
     assert (lines["thief"].verdict, lines["thief"].amount, lines["thief"].value) == ("later copy", 0, 0)
     assert lines["mira"].moved == 400_000 and lines["mira"].value == 800_000
     assert lines["mira"].value - lines["mira"].low == 141_422  # two half-widths of 100,000 in quadrature
     blind = read_statement(built.trail, make_again(built, near_duplicates="skeleton", confidence=0.8))
-    assert amounts(blind)["thief"] == 0  # look-alikes are seen by the least of the methods
+    assert amounts(built, blind)["thief"] == 0  # look-alikes are seen by the least of the methods
 
 
 def make_again(world: CreditWorld, **settings: Any) -> Entry:
@@ -119,7 +131,7 @@ def test_the_order_of_the_fee_table_pays_nobody_more(world: CreditWorld, tmp_pat
     other = build_world(tmp_path / "other")
     one = read_statement(world.trail, make(world, world.fees(rows)))
     two = read_statement(other.trail, make(other, other.fees(rows[::-1])))
-    assert one.totals == two.totals and amounts(one) == amounts(two)
+    assert one.totals == two.totals and amounts(world, one) == amounts(other, two)
 
 
 def test_an_adapter_without_settlement_or_gain_pays_no_data(world: CreditWorld) -> None:
@@ -167,22 +179,22 @@ def test_a_statement_verifies_offline_and_against_its_home(
 
 
 TAMPERED = [
-    (("payouts", 2, "amount"), 1201, r"lines: payouts\[2\] \(mira\): amount is 1201, but 1200 follows"),
+    (("payouts", 3, "amount"), 1201, r"lines: payouts\[3\] \(mira\): amount is 1201, but 1200 follows"),
     (("payouts", 4, "amount"), 5, r"payouts\[4\] \(thief\): amount is 5, but 0"),
-    (("payouts", 3, "verdict"), "negative", r"payouts\[3\] \(noor\): verdict"),
+    (("payouts", 2, "verdict"), "negative", r"payouts\[2\] \(noor\): verdict"),
     (("requests", 1, "data_part"), 601, r"requests\[1\] \(rcpt_0+1\): data_part is 601, but 600"),
     (("requests", 1, "fee"), 2000, r"requests\[1\] \(rcpt_0+1\): platform_part is 100, but 200"),
     (("requests", 5, "problem"), "unknown", r"requests\[5\]"),
     (("pools", 0, "unattributed"), 0, r"pools\[0\].*unattributed is 0, but 800"),
     (("totals", "platform"), 0, "totals: platform is 0, but 600"),
-    (("settlements", 0, "players", 0, "value"), 10, r"payouts\[2\] \(mira\): value"),
+    (("settlements", 0, "players", 0, "value"), 10, r"payouts\[2\] \(noor\)"),
     (("copies", 0, "num_copies"), 0, r"payouts\[\d\] \("),
     (("seed",), 8, "digest: the statement's digest is"),
     (("notes",), [], "digest"),
     (("fee_table", "digest"), "sha256:" + "0" * 64, "digest"),
     (("clusters", 0, "row_ids"), ["a", "b"], "digest"),
     (("period_end_us",), START_US + 1, r"line 3: request rcpt_0+1 is of another time"),
-    (("makers", 0, "name"), "somebody else", r"payouts\[0\].*name is 'operator', but 'somebody else'"),
+    (("makers", 0, "id"), "f" * 64, r"payouts\[0\].*id is '[0-9a-f]+', but 'f+'"),
     (("v",), 2, "version 2 is unknown"),
     (("unit",), 3, "unit = 3: must be str"),
 ]
@@ -223,8 +235,6 @@ def test_a_line_taken_out_or_another_record_is_refused(
 
 def test_the_home_contradicts_what_the_operator_made_up(built: CreditWorld, entry: Entry) -> None:
     """A statement computed from other receipts, settlements or clusters than the log's adds up, and is found out."""
-    from dataclasses import replace
-
     honest = read_statement(built.trail, entry)
     inputs = [
         (replace(honest, requests=(replace(honest.requests[0], payer="x"), *honest.requests[1:])), "requests"),
@@ -240,21 +250,35 @@ def test_the_home_contradicts_what_the_operator_made_up(built: CreditWorld, entr
             check_home(built.trail, made_up, partial(find_copies, built.trail), leaf_hash=entry.leaf_hash)
 
 
+@dataclass(frozen=True)
+class Rechecked:
+    """As `pipelines.settle.recheck` returns them."""
+
+    coalition: str
+    item: str
+    recorded: float
+    measured: float
+    tolerance: float
+
+
 def test_random_cells_are_measured_again(built: CreditWorld, entry: Entry) -> None:
     statement = read_statement(built.trail, entry)
+    asked: list[tuple[str, int, int]] = []
 
-    def again(trail: Any, settlement: Any, coalition: str) -> list[float]:
-        return [-2.0 + 0.5 * coalition.count("1") + 1e-7, -1.0 + 0.25 * coalition.count("1")]
+    def again(trail: Trail, settlement: Settlement, *, num_cells: int, seed: int, off: float = 1e-5) -> list[Rechecked]:
+        asked.append((settlement.leaf_hash, num_cells, seed))
+        return [Rechecked("101", f"q{n}", -1.0, -1.0 + off * n, 5e-4) for n in range(num_cells)]
 
-    def wrong(trail: Any, settlement: Any, coalition: str) -> list[float]:
-        return [0.0, 0.0]
-
-    found = recheck(built.trail, statement, again, num_cells=4, tolerance=1e-4, seed=3)
-    assert len(found.cells) == 4 and 0 <= found.worst.difference < 1e-6
-    assert found == recheck(built.trail, statement, again, num_cells=4, tolerance=1e-4, seed=3)
-    assert len(recheck(built.trail, statement, again, num_cells=99, tolerance=1e-4, seed=None).cells) == 6
-    with pytest.raises(VerifyError, match=r"recheck: settlement [0-9a-f]{16}, coalition [01]{3}, item \d: recorded"):
-        recheck(built.trail, statement, wrong, num_cells=2, tolerance=1e-4, seed=3)
+    found = recheck(built.trail, statement, again, num_cells=4, seed=3)
+    assert asked == [(built.settlement.leaf_hash, 4, 3)]
+    assert (found.seed, found.num_cells, found.worst.item) == (3, 4, "q3")
+    assert found.largest_difference == pytest.approx(3e-5)
+    drawn = {recheck(built.trail, statement, again, num_cells=1, seed=None).seed for _ in range(4)}
+    assert len(drawn) == 4  # nobody can prepare for them
+    with pytest.raises(VerifyError, match=r"recheck: settlement [0-9a-f]{16}, coalition 101, item q3: recorded -1\.0"):
+        recheck(built.trail, statement, partial(again, off=1e-3), num_cells=4, seed=3)
+    with pytest.raises(StatementError, match="no settlement stands behind"):
+        recheck(built.trail, replace(statement, settlements=()), again, num_cells=1, seed=3)
 
 
 def test_the_record_names_the_bytes_of_the_statement(built: CreditWorld, entry: Entry, bundle: dict[str, Any]) -> None:

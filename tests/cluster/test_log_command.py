@@ -31,11 +31,18 @@ def trailmark(*arguments: str) -> Result:
 
 
 def test_receipt_then_verify(story: Story, tmp_path: Path) -> None:
-    out = str(tmp_path / "receipt.json")
+    out, ancestry, whole = (str(tmp_path / f"{name}.json") for name in ("receipt", "ancestry", "whole"))
     written = trailmark("log", "receipt", story.adapter_receipt, "--out", out)
-    assert written.exit_code == 0 and f"trailmark verify {out}" in written.output
-    verified = trailmark("verify", out)
+    assert written.exit_code == 0 and f"2.3 kB; check it with `trailmark verify {out}`" in written.output
+    alone = trailmark("verify", out)
+    assert alone.exit_code == 0 and "support@1" in alone.output and "Amara" not in alone.output, alone.output
+    assert trailmark("log", "ancestry", story.adapter_receipt, "--out", ancestry).exit_code == 0
+    assert "(ancestry)" in trailmark("verify", ancestry).output
+    assert trailmark("log", "receipt", story.adapter_receipt, "--with-ancestry", "--out", whole).exit_code == 0
+    verified = trailmark("verify", out, "--ancestry", ancestry)
     assert verified.exit_code == 0, verified.output
+    for shown in (verified, trailmark("verify", whole)):
+        assert "Amara" in shown.output and "support@1 names that adapter" in shown.output
     for text in ("VERIFIED", "support@1", "Amara", "rows kept", "tree_size            9", "(contributor Noor)"):
         assert text in verified.output
     as_json = json.loads(trailmark("verify", out, "--json").output)
@@ -44,7 +51,7 @@ def test_receipt_then_verify(story: Story, tmp_path: Path) -> None:
 
 def test_a_tampered_receipt_exits_1_and_names_the_check(story: Story, tmp_path: Path) -> None:
     out = tmp_path / "receipt.json"
-    trailmark("log", "receipt", story.adapter_receipt, "-o", str(out))
+    trailmark("log", "receipt", story.adapter_receipt, "--with-ancestry", "-o", str(out))
     out.write_text(out.read_text().replace('"prompt_tokens": 12', '"prompt_tokens": 13'))
     refused = trailmark("verify", str(out))
     assert refused.exit_code == 1

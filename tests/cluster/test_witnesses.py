@@ -100,6 +100,23 @@ def test_up_again_keeps_policy_and_trust(home: Path) -> None:
     assert (home / "policy").read_text().startswith(MARK)
 
 
+def test_a_new_log_key_is_published_and_cosigned_at_once(home: Path, tmp_path: Path) -> None:
+    """Neither witnesses nor policies wait for the next `up`, and the next proof has its cosignatures."""
+    old = Trail.open(home).log.key
+    rotated = trailmark("key", "rotate", "log")
+    assert rotated.exit_code == 0, rotated.output
+    assert "Published under the new key" in rotated.output and "Witness" not in rotated.output
+    trail, out = Trail.open(home), str(tmp_path / "proof.json")
+    assert trailmark("log", "proof", "0", "--out", out).exit_code == 0
+    verified = trailmark("verify", out)
+    assert verified.exit_code == 0 and "2 of 2 cosigned" in verified.output, verified.output
+    keys = [str(trail.log.key), str(old)]
+    assert [str(log.key) for log in Policy.load(home / "policy").logs] == keys
+    trust = Trust.load(home / "trust.json")
+    assert trust.policy is not None and [str(log.key) for log in trust.policy.logs] == keys
+    assert trailmark("witness", "policy", "--quorum", "any").output.startswith(f"log {keys[0]}\n")
+
+
 def test_a_policy_of_the_operators_own_is_left_alone(tmp_path: Path) -> None:
     Trail.open(tmp_path)
     (tmp_path / "policy").write_text("quorum none\n")

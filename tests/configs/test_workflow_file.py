@@ -67,7 +67,7 @@ def test_set_changes_the_definition() -> None:
         (
             "steps.train.kind",
             "settle",
-            "this version has no settlement step; kinds: refine, train, benchmark, approval",
+            "steps.train.adapter: missing; give it",
         ),
         ("steps.train.dataset", "${refin.dataset}", "no such step 'refin'; did you mean 'refine'?"),
         ("steps.train.dataset", "${refine.rows}", "step 'refine' makes no 'rows'; known here: dataset"),

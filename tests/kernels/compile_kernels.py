@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import kv_write, lora_shrink, paged_attention, rms_norm, rope, sampling, silu_mul
+from kernels import kv_write, lora_gradient, lora_shrink, paged_attention, rms_norm, rope, sampling, silu_mul
 from kernels.lora import LoraPool, LoraStep
 from kernels.lora_triton import lora_add_triton_
 
@@ -86,6 +86,9 @@ def launch_all() -> None:
     for head_dim, dtype in ((64, BF16), (256, BF16), (128, torch.float32)):
         q, cache = torch.zeros(4, 8, head_dim, dtype=dtype), torch.zeros(64, 2, head_dim, dtype=dtype)
         paged_attention.paged_attention(q, cache, cache, batch=batch, scale=0.1)
+    for dtype in (BF16, torch.float32):
+        short, long = torch.zeros(4, 300, 16, dtype=dtype), torch.zeros(4, 300, 4096, dtype=dtype)
+        lora_gradient.lora_gradient_triton(short, long, torch.zeros(4096, 64))
     table = torch.zeros(2, 1, 7, 3, dtype=torch.int64)
     for num_tokens, dtype in ((64, BF16), (4096, BF16), (1, torch.float32)):
         lora_add_triton_(
@@ -103,6 +106,6 @@ if __name__ == "__main__":
     driver.set_active(NoDevice(int(sys.argv[1]) if len(sys.argv) > 1 else 90))
     JITFunction.run = compile_only(JITFunction.run)
     # As on a device: 16-bit operands go to the tensor cores as they are.
-    for module in (lora_shrink, paged_attention):
+    for module in (lora_gradient, lora_shrink, paged_attention):
         module.multiplies_natively = lambda left, right: left.dtype == right.dtype == BF16
     launch_all()

@@ -10,7 +10,7 @@ from configs import env
 ROOT = Path(__file__).parents[2]
 KERNELS = {
     *("_sort_tokens", "_list_tiles", "_shrink", "_expand", "_rms_norm", "_silu_mul", "_kv_write", "_rope_kv_write"),
-    *("_sample", "_attend_decode", "_merge_splits", "_attend_chunks"),
+    *("_sample", "_attend_decode", "_merge_splits", "_attend_chunks", "_lora_gradient"),
 }
 # What one program may have on an H100 or H200.
 MAX_SHARED_BYTES = 227 * 1024

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 from attribution.bodies import AdapterBody, BenchmarkBody
 from attribution.records import Artefact
 from attribution.trail import Trail
+from attribution.workflow_patches import record_patch
+from attribution.workflow_runs import definition_artefact
 from cluster.cli import app
 from configs.schema import BenchmarkSettings, RefineSettings, TrainSettings
 from pipelines.base_model import resolve_base
@@ -37,7 +39,12 @@ def test_refinement_is_equal_and_leaves_nothing_behind(
     contribute(trail, file, contributor="ann", licence="CC-BY-4.0")
     # The recorded rule drops the rows whose sum has two digits; the defaults would keep all.
     settings = RefineSettings(max_chars=33, max_repetition=0.25, block_rows=2)
-    report = refine(trail, ["all"], settings, name="sums")
+    definition = trail.store.put_blob(b"name: road")  # a workflow's patch, a parent that is no dataset
+    record_patch(trail, "road", before="", after=definition, author="ann", reason="first")
+    workflow = definition_artefact("road", definition)
+    report = refine(trail, ["all"], settings, name="sums", workflow=workflow)
+    kinds = [trail.entry(parent).leaf.kind for parent in report.entry.leaf.parents]
+    assert sorted(kinds) == ["dataset", "workflow_patch"]
     assert 0 < report.num_kept < report.num_in
     contribute(trail, file, contributor="ann", licence="CC-BY-4.0", name="later")
     before, size = stored_files(trail), trail.log.size

@@ -4,8 +4,9 @@ The trace is written here by hand, so that its reader is tested against the form
 """
 
 import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from attribution.influence.build import build_trace_store
+from attribution.influence.ekfac import CodecSettings
 from attribution.influence.encode import encode_example
 from attribution.influence.gradients import GradientFeatures, pad_batch, parameter_name
+from attribution.influence.store import Trace
 from tests.tiny_model import LINEAR_MODULES, conversation
 
 MIRA, OTTO, NOISE = "a" * 64, "b" * 64, "c" * 64
@@ -155,3 +159,16 @@ def _write_examples(trace: Path, rows: tuple[Row, ...], encoded: list) -> None:
         "text": ["\n".join(message["content"] for message in row.messages) for row in rows],
     }
     pq.write_table(pa.table(columns), trace / "examples.parquet")
+
+
+def with_store(planted: Planted, folder: Path, settings: CodecSettings) -> Planted:
+    """Return the run with a gradient store in its trace, in place of the float16 tables."""
+    trace = folder / "trace"
+    shutil.copytree(planted.trace, trace)
+    for table in (trace / "gradients").glob("*.npy"):
+        table.unlink()
+    tokenizer = AutoTokenizer.from_pretrained(planted.base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(planted.base), planted.adapter)
+    examples = {row.example_id: encode_example(tokenizer, row.messages, max_length=64) for row in planted.rows}
+    build_trace_store(Trace(trace), model, examples, settings, sample_size=len(examples))
+    return replace(planted, trace=trace)

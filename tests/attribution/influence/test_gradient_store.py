@@ -12,9 +12,10 @@ from hypothesis.extra import numpy as hnp
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from attribution.influence import gradient_store
-from attribution.influence.codec import BLOCK, FactorCodec, GradientCodec
+from attribution.influence.codec import FactorCodec, GradientCodec
 from attribution.influence.gradient_store import GradientStore, GradientStoreError
 from attribution.influence.quantise import quantise
+from kernels.gradients import BLOCK
 
 DIM = 2 * BLOCK
 VIEWS = ("10", "20")

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from attribution.influence import scores
+from attribution.influence import rows, scores
 from attribution.influence.bm25 import bm25_ranking, bm25_scores, random_ranking
+from attribution.influence.rows import rows_of
 from attribution.influence.scores import (
     bootstrap,
     bootstrap_mean,
@@ -50,10 +51,10 @@ def looped_parts(planted: Planted, query: np.ndarray, weights: np.ndarray, norma
 def test_parts_equal_the_loop(
     planted: Planted, monkeypatch: pytest.MonkeyPatch, shard_rows: int, normalise: scores.Normalise
 ) -> None:
-    monkeypatch.setattr(scores, "SHARD_ROWS", shard_rows)
+    monkeypatch.setattr(rows, "SHARD_ROWS", shard_rows)
     trace = Trace(planted.trace)
     query = query_for(trace)
-    found = score_parts(query, trace, normalise=normalise)
+    found = score_parts(query, rows_of(trace), normalise=normalise)
     expected = looped_parts(planted, query, trace.exposure(), normalise)
     if normalise == "cosine":
         raw = looped_parts(planted, query, trace.exposure(), "none")
@@ -73,7 +74,7 @@ def test_a_long_gradient_buys_nothing_under_cosine(planted: Planted, tmp_path: P
     gains = {}
     for normalise in ("none", "cosine"):
         honest, inflated = (
-            np.abs(score_parts(query, Trace(path), normalise=normalise).sum(axis=(0, 1)))  # type: ignore[arg-type]
+            np.abs(score_parts(query, rows_of(Trace(path)), normalise=normalise).sum(axis=(0, 1)))  # type: ignore[arg-type]
             for path in (planted.trace, copy)
         )
         gains[normalise] = (inflated[-1] / inflated[0]) / (honest[-1] / honest[0])
@@ -197,7 +198,7 @@ def test_an_incomplete_trace_is_named(planted: Planted, tmp_path: Path, missing:
             copy.write_bytes(file.read_bytes())
     with pytest.raises(TraceError, match=missing):
         trace = Trace(tmp_path)
-        score_parts(query_for(Trace(planted.trace)), trace, normalise="none")
+        score_parts(query_for(Trace(planted.trace)), rows_of(trace), normalise="none")
 
 
 def test_gradients_of_another_run_are_refused(planted: Planted, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from attribution.influence.ekfac import CodecSettings
 from attribution.influence.query import AdapterModels
 from attribution.influence.who import ExplainError, ExplainSettings, explain
 from attribution.receipts import append_completions, new_receipt_id
@@ -17,12 +18,13 @@ from attribution.store import StoreError
 from attribution.trail import Trail
 from cluster.commands import ask
 from configs.schema import AttributionSettings
-from tests.attribution.influence.planted import FACTS, Planted
+from tests.attribution.influence.planted import FACTS, Planted, with_store
 from tests.attribution.influence.planted_home import (
     BASE_QUESTIONS,
     NAMES,
     PlantedHome,
     answer,
+    furnish,
     receipt_row,
     record_adapter,
 )
@@ -196,3 +198,19 @@ def test_the_command_shows_contributors_rows_and_what_is_missing(
     assert parsed["findings"][0]["subject"] == "otto" and parsed["links"]
     of_base = CliRunner().invoke(app, ["ask", "who", planted_home.base_receipt])
     assert "The base model made it" in of_base.output
+
+
+@pytest.mark.parametrize("preconditioner", ["adam", "ekfac"])
+def test_a_gradient_store_names_the_same_suppliers(
+    planted: Planted, models: AdapterModels, tmp_path: Path, preconditioner: str
+) -> None:
+    stored = with_store(planted, tmp_path, CodecSettings(preconditioner, dim=1024))  # type: ignore[arg-type]
+    home = furnish(tmp_path / "home", stored)
+    first = {}
+    for question, owner in OWNER.items():
+        found = explain(home.trail, home.receipts[question], models=models)
+        assert f"{preconditioner}-preconditioned, 1024 int8 numbers a row" in found.method
+        assert found.to_json() == explain(home.trail, home.receipts[question], models=AdapterModels()).to_json()
+        first[question] = (found.contributors[0].key_id == owner, found.examples[0].contributor == owner)
+    assert all(by_example for _, by_example in first.values()), first
+    assert sum(by_sum for by_sum, _ in first.values()) >= 5, first

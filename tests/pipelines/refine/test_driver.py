@@ -171,7 +171,7 @@ def test_record_names_inputs_parents_and_people(trail: "Trail", tmp_path: Path) 
     record = report.entry.record
     assert record is not None and isinstance(record.body, RefinementBody)
     assert report.entry.leaf.parents == tuple(leaves)
-    assert [artefact.name for artefact in record.inputs] == ["ana", "copier"]
+    assert [artefact.name for artefact in record.inputs] == ["contribution", "contribution"]
     assert record.outputs == (Artefact("refined", "facts", report.digest),)
     people = {Party(trail.keys.get(name).key_id, "contributor") for name in ("ana", "copier")}
     assert people < set(record.contributors)

@@ -20,6 +20,7 @@ from pipelines.train.data import (
     plan_steps,
     read_examples,
     shard,
+    state_steps,
     write_examples,
 )
 
@@ -84,6 +85,15 @@ def test_checkpoints_are_spread_and_end_the_run() -> None:
     assert checkpoint_steps(50, 3) == (17, 33, 50)
     assert checkpoint_steps(2, 5) == (1, 2)
     assert checkpoint_steps(1, 1) == (1,)
+
+
+@given(num_steps=st.integers(1, 3000), num_checkpoints=st.integers(1, 8))
+def test_states_are_about_the_root_of_the_steps_and_hold_every_checkpoint(num_steps: int, num_checkpoints: int) -> None:
+    states = state_steps(num_steps, num_checkpoints=num_checkpoints, num_states=None)
+    assert set(checkpoint_steps(num_steps, num_checkpoints)) <= set(states)
+    assert list(states) == sorted(set(states)) and states[-1] == num_steps
+    assert abs(len(states) - math.isqrt(num_steps)) <= num_checkpoints
+    assert state_steps(num_steps, num_checkpoints=1, num_states=1) == (num_steps,)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

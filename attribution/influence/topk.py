@@ -1,0 +1,130 @@
+"""Which examples score highest for a completion or a query set: exact, over any number of shards, merged.
+
+Shape legend: c views asked, q queries, n examples of a shard, d numbers in a row.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attribution.influence.rows import shard_dots, view_corrections
+from attribution.influence.scores import TINY, Normalise
+
+if TYPE_CHECKING:
+    from attribution.influence.gradient_store import GradientStore, Shard
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An example and its score; hits are listed best first, ties by example id."""
+
+    example_id: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question to a store: float32 rows [c, q, d] of q queries at the named views.
+
+    A query set asked as one is one query: the sum of its members' rows. Views that are not asked lend their exposure to
+    the nearest one that is: asking the last checkpoint alone costs one forward and one backward.
+    """
+
+    views: tuple[str, ...]
+    rows: NDArray[np.float32]
+    normalise: Normalise = "cosine"
+
+    @property
+    def num_queries(self) -> int:
+        return self.rows.shape[1]
+
+
+def top_examples(
+    store: "GradientStore",
+    asked: Asked,
+    *,
+    k: int,
+    shards: Sequence[str] | None = None,
+    totals: NDArray[np.float64] | None = None,
+    device: str = "cpu",
+) -> tuple[tuple[Hit, ...], ...]:
+    """Return the k best examples of each query among some shards, by default all that are on this machine.
+
+    Semantics: score[q, i] = sum over views of
+    - "none": correction w[c, i] <q[c], h[c, i]>, in nats (see `scores.score_parts`);
+    - "cosine": w[c, i] / W[c] <q[c], h[c, i]> / (|q[c]| |h[c, i]|), W being `totals`, the exposure of all shards
+      together (`exposure_totals`), which those who score a part of them must be given.
+    The same question gives the same answer to the last bit, however shards are divided.
+    """
+    chosen = _shards(store, shards)
+    if totals is None:
+        totals = exposure_totals(exposure_sums(store, asked.views, shards=shards))
+    corrections = view_corrections(store)
+    factors = [corrections[store.views.index(view)] for view in asked.views]
+    found = []
+    for shard in chosen:
+        scores = np.zeros((asked.num_queries, shard.num_live))
+        weights = exposure(store, shard, asked.views)
+        for index, view in enumerate(asked.views):
+            dots, lengths = shard_dots(shard, view, asked.rows[index], device=device)
+            if asked.normalise == "none":
+                scores += dots * (weights[:, index] * factors[index])
+            else:
+                asked_lengths = np.linalg.norm(asked.rows[index].astype(np.float64), axis=1)[:, None]
+                cosines = dots / np.maximum(asked_lengths * lengths, TINY)
+                scores += cosines * (weights[:, index] / max(float(totals[index]), TINY))
+        found.append([_best(row, shard, k) for row in scores])
+    return tuple(merge((part[query] for part in found), k=k) for query in range(asked.num_queries))
+
+
+def merge(parts: Iterable[Sequence[Hit]], *, k: int) -> tuple[Hit, ...]:
+    """Return the k best of several lists of hits."""
+    return tuple(sorted((hit for part in parts for hit in part), key=_order)[:k])
+
+
+def exposure_sums(
+    store: "GradientStore", views: Sequence[str], *, shards: Sequence[str] | None = None
+) -> dict[str, list[float]]:
+    """Return, for some shards by name, the exposure that each asked view stands for, summed over its examples."""
+    return {shard.name: exposure(store, shard, views).sum(axis=0).tolist() for shard in _shards(store, shards)}
+
+
+def exposure_totals(sums: Mapping[str, Sequence[float]]) -> NDArray[np.float64]:
+    """Return float64 [c]: the sums of all shards, added in the order of their names."""
+    return np.asarray([sums[name] for name in sorted(sums)], dtype=np.float64).sum(axis=0)
+
+
+def exposure(store: "GradientStore", shard: "Shard", views: Sequence[str]) -> NDArray[np.float64]:
+    """Return float64 [n, c]: what the asked views stand for, each taking over those that it is nearest to."""
+    asked = np.asarray([int(view) for view in views])
+    weights = np.zeros((shard.num_live, len(views)))
+    for column, view in enumerate(store.views):
+        weights[:, np.abs(asked - int(view)).argmin()] += shard.weights[shard.live, column]
+    return weights
+
+
+def _shards(store: "GradientStore", names: Sequence[str] | None) -> list["Shard"]:
+    wanted = None if names is None else set(names)
+    return [
+        shard
+        for shard in store.shards
+        if shard.is_here and shard.num_live and (wanted is None or shard.name in wanted)
+    ]
+
+
+def _best(scores: NDArray[np.float64], shard: "Shard", k: int) -> list[Hit]:
+    if len(scores) > k:
+        # All that tie with the k-th stay in, so that the order by id decides, not the partition.
+        kth = np.partition(scores, len(scores) - k)[len(scores) - k]
+        columns = np.flatnonzero(scores >= kth)
+    else:
+        columns = np.arange(len(scores))
+    live = shard.live
+    return sorted((Hit(shard.ids[live[column]], float(scores[column])) for column in columns), key=_order)[:k]
+
+
+def _order(hit: Hit) -> tuple[float, str]:
+    return (-hit.score, hit.example_id)
