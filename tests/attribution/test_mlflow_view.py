@@ -461,7 +461,7 @@ def test_what_was_erased_leaves_a_real_server(log: ExampleLog, server: MlflowPro
     filters = f"tags.`{TAG_LEAF}` = '{log.adapter.leaf_hash}'"
     assert list(client.search_logged_models([experiment], filter_string=filters)) == []
     assert list(client.search_model_versions("name = 'facts'")) == []
-    assert [version.version for version in client.search_prompt_versions("greeting.prompt")] == ["2"]
+    assert [version.version for version in client.search_prompt_versions("greeting.prompt")] == [2]
     shown = {trace.info.trace_metadata[TAG_LEAF] for trace in client.search_traces(locations=[experiment])}
     assert batch.leaf_hash not in shown and shown
     assert {item.leaf for item in view.reconcile(repair=False)} <= {item.leaf for item in before}
