@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attribution.influence.codec import FactorCodec, GradientCodec, Preconditioner, cut
+from attribution.influence.encode import IGNORED_LABEL
 from attribution.influence.factors import Encoded, FactorPair, LoraFactors
 from attribution.influence.gradients import adam_scale, scale_of
 
@@ -82,8 +83,9 @@ class CodecFit:
         """
         scale = self._scale(sample, exp_avg_sq)
         for batch in _batches(sample[: len(sample) // 2] or sample):
+            is_reached = _is_reached(batch)
             for name, pair in self._deciding_pairs(batch).items():
-                short, long = self._basis_rows(name, pair, scale)
+                short, long = self._basis_rows(name, pair, scale, is_reached=is_reached.to(pair.short.device))
                 self._short[name] = self._short.get(name, 0) + short.mT @ short  # type: ignore[assignment]
                 if name not in self._long:
                     dim, seed = self.settings.basis_dim, self.settings.seed
@@ -151,11 +153,11 @@ class CodecFit:
         given = self.factors.pairs(batch)
         return given, given
 
-    def _basis_rows(self, name: str, pair: FactorPair, scale: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _basis_rows(
+        self, name: str, pair: FactorPair, scale: Mapping[str, Tensor] | None, *, is_reached: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return the rows whose second moments give the bases: [rows, r] and [rows, l]."""
         if self.settings.preconditioner == "ekfac":
-            # Positions that no loss reaches (padding; behind the last target) have no gradient on one of the two sides.
-            is_reached = (pair.short != 0).any(-1) & (pair.long != 0).any(-1)
             return pair.short[is_reached].float(), pair.long[is_reached].float()
         gradient = _scaled(pair.gradient(), scale, name)
         return gradient.mT.flatten(0, 1), gradient.flatten(0, 1)
@@ -197,6 +199,18 @@ class _Sums:
 
 def _scaled(gradient: Tensor, scale: Mapping[str, Tensor] | None, name: str) -> Tensor:
     return gradient if scale is None else gradient * scale_of(scale, name, gradient)
+
+
+def _is_reached(batch: Sequence[Encoded]) -> Tensor:
+    """Return bool [n, t]: the positions that a loss reaches, those before an example's last target; padding is none.
+
+    Asked of the labels, not of the gradients: one that is zero in exact arithmetic may be 1e-8 in another batch.
+    """
+    longest = max(len(ids) for ids, _ in batch)
+    ends = [
+        max((place for place, label in enumerate(labels) if label != IGNORED_LABEL), default=0) for _, labels in batch
+    ]
+    return torch.arange(longest) < torch.tensor(ends)[:, None]
 
 
 def _batches(sample: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:

@@ -92,7 +92,7 @@ def test_an_audit_stands_before_the_scores(
     found = ask(trail, receipt, models)
     audited = [finding for finding in found.findings if finding.unit == "nats per token"]
     assert found.findings[: len(audited)] == tuple(audited) and {finding.tier for finding in audited} == {tier}
-    assert [(finding.value, finding.verdict) for finding in audited] == [
+    assert [(round(finding.value, 9), finding.verdict) for finding in audited] == [
         (0.057, "a hint: too many rows for a small removal"),
         (0.03, "raised the answer's likelihood"),
         (-0.015, "lowered the answer's likelihood"),
