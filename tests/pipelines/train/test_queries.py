@@ -88,7 +88,7 @@ def test_gradients_are_taken_as_often_as_the_tokens_allow(trail: Trail, tiny_bas
 def test_a_run_too_short_for_its_queries_is_warned_of() -> None:
     assert stale_warning(25, num_steps=100) == []
     (said,) = stale_warning(34, num_steps=100)
-    assert "taken 3 times in 100 steps" in said and "train.in_run_refresh_steps = 25" in said
+    assert "renewed 3 times in 100 steps" in said and "train.in_run_refresh_steps = 25" in said
     assert "refresh_steps = 1 " in stale_warning(5, num_steps=2)[0]
 
 
