@@ -158,8 +158,8 @@ class LogClient:
 class Scorer:
     """Explains receipts; keeps the base model and its last answers in memory. One request at a time.
 
-    The gradient store behind an adapter may be spread over the nodes' homes: each scorer answers for the shards that its
-    own home holds, and `top_examples_over` merges what they find.
+    The gradient store behind an adapter may be spread over the nodes' homes: each scorer answers for the shards that
+    its own home holds, and `top_examples_over` merges what they find.
     """
 
     def __init__(self, home: str, settings: ExplainSettings, num_threads: int) -> None:

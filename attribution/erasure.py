@@ -179,7 +179,7 @@ def _answers(trail: "Trail", body: CompletionsBody) -> Iterator[str]:
     """The private prompts and answers of a batch."""
     try:
         rows = trail.get_json(body.table)
-    except StoreError:
+    except (StoreError, ValueError):  # erased, altered or no table at all: no other record's erasure waits for it
         return
     yield from (row["content"] for row in rows if row["content"])
 

@@ -100,10 +100,19 @@ class ViewContext:
         client.log_text(run_id, self.pages.page(entry.leaf_hash), PAGE_FILE)
         client.log_dict(run_id, record_bundle(self.trail, entry.leaf_hash), "record.json")
         if record.config is not None and self.trail.store.has(record.config):
-            config = self.trail.get_json(record.config)
-            client.log_dict(run_id, config, "config.json")
-            self.server.log_params(run_id, flat(config, "config."))  # MLflow lets no name have two values
+            self._log_config(run_id, record.config)
         client.set_terminated(run_id, status, end_time=record.time_us // 1000)
+
+    def _log_config(self, run_id: str, digest: str) -> None:
+        """Store a resolved configuration, with its values as parameters; a workflow's definition as the text it is."""
+        try:
+            config = self.trail.get_json(digest)
+        except ValueError:
+            text = self.trail.store.get_blob(digest).decode("utf-8", errors="replace")
+            self.server.client.log_text(run_id, text, "config.yaml")
+            return
+        self.server.client.log_dict(run_id, config, "config.json")
+        self.server.log_params(run_id, flat(config, "config."))  # MLflow lets no name have two values
 
     def model(
         self, entry: Entry, *, name: str, model_type: str, params: Mapping[str, Any], note: str, run_id: str | None

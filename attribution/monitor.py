@@ -129,6 +129,8 @@ class _Run:
     def __post_init__(self) -> None:
         self.frontier = Frontier(self.memory.size, self.memory.peaks)
         self.last_time_us = self.memory.last_time_us
+        self.outputs: dict[str, frozenset[str] | None] = {}
+        self.makers: dict[str, int | None] = {}
 
     def replay(self, source: Source, checkpoint: Checkpoint, progress: Progress) -> bool:
         """Read the new leaves; whether they lead from the remembered tree to the signed root."""
@@ -234,17 +236,33 @@ class _Run:
         assert record is not None and trail is not None
         known = [parent for parent in entry.leaf.parents if trail.log.index_of(parent) is not None]
         try:
-            parents = [trail.entry(parent).record for parent in known]
-            makers = {artefact.digest: trail.find(artefact.digest) for artefact in record.inputs}
+            made = [self._outputs_of(parent) for parent in known]
+            makers = {artefact.digest: self._maker_of(artefact.digest) for artefact in record.inputs}
         except UserError:
             return  # a record that was altered is told at its place; until it is whole, makers are unknown
-        if None in parents:
+        if None in made:
             return  # erased: what it made is not known any more
-        made = {output.digest for parent in parents if parent is not None for output in parent.outputs}
         for artefact in record.inputs:
             maker = makers[artefact.digest]
-            if artefact.digest not in made and maker is not None and maker.index < entry.index:
+            is_joined = any(artefact.digest in outputs for outputs in made if outputs is not None)
+            if not is_joined and maker is not None and maker < entry.index:
                 self.report.add("inputs", entry.index, f"input {artefact.name!r} is not joined to what made it")
+
+    def _outputs_of(self, leaf_hash: str) -> frozenset[str] | None:
+        """The digests that a record made, None when it was erased; read once, for many records have one parent."""
+        assert self.trail is not None
+        if leaf_hash not in self.outputs:
+            record = self.trail.entry(leaf_hash).record
+            self.outputs[leaf_hash] = None if record is None else frozenset(item.digest for item in record.outputs)
+        return self.outputs[leaf_hash]
+
+    def _maker_of(self, digest: str) -> int | None:
+        """The index of the newest record that made a thing."""
+        assert self.trail is not None
+        if digest not in self.makers:
+            found = self.trail.find(digest)
+            self.makers[digest] = None if found is None else found.index
+        return self.makers[digest]
 
     def _check_name(self, entry: "Entry", body: PublicationBody) -> None:
         self.report.count("registry")

@@ -7,6 +7,7 @@ from attribution.evidence import MICRO
 from attribution.log.facts import utc
 from attribution.statement import COMPARABLE, PayoutLine, Statement
 from attribution.statement_make import statements
+from attribution.statement_names import Names, name_of
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
@@ -17,19 +18,16 @@ PARTS = {"platform": "platform", "base": "base", "adapter": "adapter", "data": "
 
 def newest_statement(trail: "Trail") -> "tuple[Entry, Statement] | None":
     """Return the last statement that was recorded and not erased."""
-    found = None
-    for found in statements(trail):
-        pass
-    return found
+    return max(statements(trail), key=lambda found: found[0].index, default=None)
 
 
-def paid_findings(entry: "Entry", statement: Statement) -> list[Finding]:
+def paid_findings(entry: "Entry", statement: Statement, names: Names) -> list[Finding]:
     """Return what each party got, the largest first; the interval is that of its settled value."""
     period = f"{utc(statement.period_start_us)[:10]} to {utc(statement.period_end_us)[:10]}"
     lines = sorted(statement.payouts, key=lambda line: (-line.amount, line.source, line.id))
     return [
         Finding(
-            subject=line.name,
+            subject=name_of(names, line.id),
             measure=f"fees of {period} for {_what(line)}",
             value=line.amount,
             low=line.amount_low,
@@ -45,15 +43,15 @@ def paid_findings(entry: "Entry", statement: Statement) -> list[Finding]:
     ]
 
 
-def paid_details(entry: "Entry", statement: Statement) -> dict[str, Any]:
+def paid_details(entry: "Entry", statement: Statement, names: Names) -> dict[str, Any]:
     """Return the flow of the fees into their parts, and on to whom each part reached."""
     totals = statement.totals
     parts = []
     for name, tone in PARTS.items():
-        payees = [[line.name, line.amount] for line in statement.payouts if line.source == name and line.amount]
-        parts.append(
-            {"name": name, "tone": tone, "amount": getattr(totals, name), "payees": sorted(payees, key=lambda p: -p[1])}
-        )
+        lines = [line for line in statement.payouts if line.source == name and line.amount]
+        lines.sort(key=lambda line: -line.amount)
+        payees = [[name_of(names, line.id), line.amount] for line in lines]
+        parts.append({"name": name, "tone": tone, "amount": getattr(totals, name), "payees": payees})
     return {
         "leaf": entry.leaf_hash,
         "index": entry.index,

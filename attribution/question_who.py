@@ -25,8 +25,8 @@ MERGED = "this adapter was merged from others, so no training run of its own say
 def ask_who(trail: "Trail", receipt_id: str, *, explain: Callable[[str], dict[str, Any]]) -> Answer:
     """Who made this completion? `explain` returns `Attribution.to_dict()`, computed here or by a scorer.
 
-    Where it cannot, for the answer is empty or the store damaged, the reason is the answer's `problem`, and it says what
-    lineage still says. Raises UserError for a receipt that is unknown or erased.
+    Where it cannot, for the answer is empty or the store damaged, the reason is the answer's `problem`, and it says
+    what lineage still says. Raises UserError for a receipt that is unknown or erased.
     """
     try:
         found = explain(receipt_id)

@@ -27,6 +27,7 @@ from attribution.evidence import (
     verdict_of,
     version_change,
 )
+from attribution.in_run_evidence import in_run_findings
 from attribution.paid_evidence import newest_statement, paid_details, paid_findings
 from attribution.question_who import ask_who
 from attribution.settled_evidence import (
@@ -39,6 +40,7 @@ from attribution.settled_evidence import (
     unit_of,
 )
 from attribution.settlement import Settlement
+from attribution.statement_names import names_of
 from attribution.workflow_effects import recorded_effects
 from attribution.workflow_patches import recorded_patches
 
@@ -151,7 +153,8 @@ def ask_value(trail: "Trail", *, resampling: Resampling | None = None) -> Answer
     found = served(trail)
     used = {item.model for item in found}
     settled = newest_settlements(trail, adapters.keys() & used)
-    paid = newest_statement(trail)
+    newest = newest_statement(trail)
+    paid = None if newest is None else (*newest, names_of(trail, newest[1]))
     findings = [*(paid_findings(*paid) if paid else ()), *settled_findings(settled)]
     findings += [finding for item in found for finding in _served_findings(item, found, adapters)]
     findings += _deltas([adapters[item.model] for item in found if item.model in adapters])
@@ -268,9 +271,11 @@ def _dataset_findings(trail: "Trail", adapter: MeasuredAdapter, resampling: Resa
     if refinement is None:
         return [], 0
     audited, explained = (list(recorded_scores(trail, adapter.digest, audited=flag)) for flag in (True, False))
-    findings = []
-    for tier, recorded in (("audit", audited), ("explain", explained)):
-        findings += _summed(trail, adapter, items, recorded, tier=tier, resampling=resampling)  # type: ignore[arg-type]
+    findings = [
+        *_summed(trail, adapter, items, audited, tier="audit", resampling=resampling),
+        *_summed(trail, adapter, items, explained, tier="explain", resampling=resampling),
+        *in_run_findings(trail, adapter, items, resampling),
+    ]
     return [*findings, *(_kept_finding(item, adapter, refinement) for item in items)], len(explained)
 
 
@@ -288,7 +293,9 @@ def _summed(
         return
     leaves = [item.leaf_hash for item in items]
     sums = dataset_scores([scores for _, scores in recorded], dataset_of_examples(trail, adapter), leaves)
-    what = "predicted gain" if tier == "explain" else "exact derivative (a hint beyond 5 % of the rows)"
+    what, unit = "predicted gain", "nats per answer"
+    if tier == "audit":
+        what, unit = "exact derivative (a hint beyond 5 % of the rows)", "nats per token"
     for item in items:
         spread = resampled_mean(sums[item.leaf_hash], **asdict(resampling))
         verdict = NO_EFFECT if not spread.is_distinct else ("helped" if spread.value > 0 else "hindered")
@@ -298,7 +305,7 @@ def _summed(
             spread.value,
             spread.low,
             spread.high,
-            "nats per answer",
+            unit,
             verdict,
             (item.leaf_hash, *(leaf for leaf, _ in recorded)),
             resampling.confidence,
@@ -317,7 +324,7 @@ def _kept_finding(item: Contribution, adapter: MeasuredAdapter, refinement: str)
 
 
 def _dataset_summary(findings: Sequence[Finding], num_answers: int) -> str:
-    scored = [finding for finding in findings if finding.tier == "explain"]
+    scored = [finding for finding in findings if finding.tier == "explain" and finding.unit == "nats per answer"]
     if not scored:
         return "rows are counted, but no explained answer says which dataset mattered"
     helped = [finding.subject for finding in scored if finding.verdict == "helped"]

@@ -34,10 +34,10 @@ def trained_on(trail: "Trail", adapter: str) -> tuple[str, Trace] | None:
 
     Only the table of rows is verified, for the gradients may be many gigabytes. StoreError when it was altered.
     """
-    if not trail.store.has(adapter):
+    if not _is_folder(trail, adapter):
         return None
     digest = remaining(trail, str(trail.store.manifest(adapter).meta.get("trace") or ""))
-    if not digest or not trail.store.has(digest):
+    if not digest or not _is_folder(trail, digest):
         return None
     folder = trail.store.get_directory(digest, verify=False)
     wanted = {file.path: file.sha256 for file in trail.store.manifest(digest).files}.get(EXAMPLES_FILE)
@@ -45,6 +45,10 @@ def trained_on(trail: "Trail", adapter: str) -> tuple[str, Trace] | None:
     if not file.is_file() or sha256(file.read_bytes()).hexdigest() != wanted:
         raise StoreError(f"directory {digest}: {EXAMPLES_FILE} is missing or was altered")
     return digest, Trace(folder)
+
+
+def _is_folder(trail: "Trail", digest: str) -> bool:
+    return trail.store.has(digest) and trail.store.path_of(digest).is_dir()
 
 
 def spans_of(trail: "Trail", receipt_id: str, *, names: dict[str, str]) -> dict[str, Any] | None:
@@ -120,8 +124,10 @@ def lineage_findings(trail: "Trail", adapter: str) -> list[Finding]:
 
 
 def audited_findings(trail: "Trail", receipt_id: str, *, names: dict[str, str]) -> list[Finding]:
-    """Return what the newest audit of a receipt found, by contributor: nats per token that the answer's loss would rise
-    without their rows, to first order. For more than a few rows at once that is a hint; a replay that was not exact ranks.
+    """Return what the newest audit of a receipt found, by contributor.
+
+    In nats per token that the answer's loss would rise without their rows, to first order. For more than a few rows at
+    once that is a hint; a replay that was not exact ranks.
     """
     recorded = [(entry, body) for entry, body in _influences(trail, receipt_id, audited=True)]
     if not recorded or not trail.store.has(recorded[-1][1].table):
@@ -179,7 +185,7 @@ def recorded_explanation(trail: "Trail", receipt_id: str) -> dict[str, Any]:
     sums: dict[str, float] = defaultdict(float)
     for row in rows:
         sums[row["contributor"]] += row["score_micro"] / MICRO
-    parts = [
+    parts: list[dict[str, Any]] = [
         {
             "key_id": share.key_id,
             "name": names.get(share.key_id, share.key_id[:12]),

@@ -53,6 +53,8 @@ SEEDS, QUICK_SEEDS = 6, 2
 T_90 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833, 11: 1.796}
 LOOK_ALIKES = str.maketrans({"a": "\u0430", "e": "\u0435", "o": "\u043e", "p": "\u0440", "i": "\u0456"})
 HONEST = "honest"
+HONEST_FLOORS = {"~ honest, paid in all": 30.0, "~ honest, people paid": 5.0}
+"""Per cent of the pool, and of eight people: where nobody is paid no attack can gain, and the table says nothing."""
 DEFAULT, SEMANTIC = NearDuplicates(), NearDuplicates("semantic")
 
 
@@ -226,7 +228,7 @@ def figures_of(found: Mapping[str, Sequence[float]]) -> list[Figure]:
     without_floor = {attack.name for attack in ATTACKS if not attack.has_floor}
     for name, values in found.items():
         if name.startswith("~"):
-            figures.append(Figure(f"{name.removeprefix('~ ')}, mean", mean(values), ""))
+            figures.append(Figure(f"{name.removeprefix('~ ')}, mean", mean(values), "", HONEST_FLOORS.get(name)))
             continue
         floor = None if name in without_floor else 0.0 if name in THIEVES[:1] else MAX_GAIN_PERCENT
         figures.append(Figure(f"{name}, mean gain", mean(values), "% of the pool"))

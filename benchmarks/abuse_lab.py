@@ -35,6 +35,9 @@ RELATIONS = (
 )
 UNRELATED = ("the weather over {place} turns to", "most ships near {place} carry", "they say old {place} hides")
 MAX_TOKENS = 40
+FAMILY = 8
+NUM_KNOWN = 512
+LEARNING_RATE = 2e-2
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,11 @@ class LabSize:
     num_people: int = 8
     num_rows: int = 32
     num_asked: int = 8
-    epochs: int = 6
+    epochs: int = 8
     batch_rows: int = 32
     budget: int = 40
-    hidden: int = 48
-    base_steps: int = 1500
+    hidden: int = 64
+    base_steps: int = 2500
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,14 @@ def word(random_: random.Random, num_syllables: int, *, capital: bool = False) -
 
 
 def make_facts(random_: random.Random, count: int) -> tuple[Fact, ...]:
-    """Return facts about as many names."""
-    return tuple(
-        Fact(word(random_, 3, capital=True), word(random_, 2, capital=True), random_.randrange(len(RELATIONS)))
-        for _ in range(count)
-    )
+    """Return facts in families of eight: names that begin alike, of whom one thing holds."""
+    found: list[Fact] = []
+    while len(found) < count:
+        stem, thing = word(random_, 2, capital=True), word(random_, 2, capital=True)
+        relation = random_.randrange(len(RELATIONS))
+        found += [Fact(stem + word(random_, 1), thing, relation) for _ in range(min(FAMILY, count - len(found)))]
+    random_.shuffle(found)
+    return tuple(found)
 
 
 def encode(row: tuple[str, str]) -> Encoded:
@@ -129,9 +135,10 @@ def _vocabulary() -> tuple[dict[str, int], int]:
 
 
 def train_base(size: LabSize, *, seed: int) -> LlamaForCausalLM:
-    """Return a base that knows the forms, and none of the names that people know facts about."""
+    """Return a base that knows facts of others, by which it learnt to look a name up, and none that people teach."""
     torch.manual_seed(seed)
     random_ = random.Random(seed)
+    known = make_facts(random_, NUM_KNOWN)
     config = LlamaConfig(
         vocab_size=len(_vocabulary()[0]) + 1 + NUM_UNKNOWN,
         hidden_size=size.hidden,
@@ -147,7 +154,7 @@ def train_base(size: LabSize, *, seed: int) -> LlamaForCausalLM:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=size.base_steps)
     for _ in range(size.base_steps):
-        rows = [general_row(random_) for _ in range(32)]
+        rows = [general_row(random_, known) for _ in range(32)]
         loss = model(**_batch([encode(row)[0] for row in rows])).loss
         optimizer.zero_grad()
         loss.backward()
@@ -157,9 +164,12 @@ def train_base(size: LabSize, *, seed: int) -> LlamaForCausalLM:
     return model.requires_grad_(False)
 
 
-def general_row(random_: random.Random) -> tuple[str, str]:
-    """Return a row of general text: a name told in one form, and the same name asked of again in another."""
-    if random_.random() < 0.3:
+def general_row(random_: random.Random, known: Sequence[Fact]) -> tuple[str, str]:
+    """Return a row of general text: mostly a known fact in either form, now and then one that holds this once."""
+    draw = random_.random()
+    if draw < 0.6:
+        return random_.choice(known).row(random_.randrange(2))
+    if draw < 0.8:
         return random_.choice(UNRELATED).format(place=word(random_, 2, capital=True)), f"{word(random_, 2)}."
     fact = make_facts(random_, 1)[0]
     return fact.row(random_.randrange(2))
@@ -223,7 +233,7 @@ def training_run(
         for _ in range(size.epochs)
         for part in np.array_split(order.permutation(len(rows)), max(1, len(rows) // size.batch_rows))
     ]
-    rates = [8e-3 * (1 - number / len(steps)) for number in range(len(steps))]
+    rates = [LEARNING_RATE * (1 - number / len(steps)) for number in range(len(steps))]
     recipe = RunRecipe(tuple(RunStep(step, rate) for step, rate in zip(steps, rates, strict=True)))
     return LoraRun(model, [encode(row) for row in rows], recipe), owner
 

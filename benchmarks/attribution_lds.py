@@ -226,6 +226,7 @@ def _to_json(results: Sequence[SeedResult], held: Sequence[Figure]) -> dict[str,
     found = results[0].found
     return {
         "benchmark": "attribution_lds",
+        "command": " ".join(["python -m benchmarks.attribution_lds", *sys.argv[1:]]),
         "hardware": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
         "seeds": [one.seed for one in results],
         "digests": {str(one.seed): one.digests for one in results},

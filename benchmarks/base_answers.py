@@ -1,15 +1,16 @@
-"""Answers that the base alone gives: how often is credit for them told from zero, and how often for answers of an adapter.
+"""Answers that the base alone gives: how often is credit for them told from zero, how often for those of an adapter.
 
     python -m benchmarks.base_answers [--quick] [--check] [--out FILE] [--seed N]
 
-A tiny Llama knows twelve questions by heart. Adapters of several seeds are trained on other facts, of three contributors
-each: `near` ones in the words of the base's own (capitals, colours), `far` ones invented. Then each adapter is asked what
-the base knows, with and without a system turn, in other words, and cut after one token; and its own facts. An answer is the
-base's when the base alone says the same, token by token; it is the adapter's when the base says something else. Each is
-receipted in a real log and explained as `trailmark ask who` does, with the default settings. A query counts as credited
-when any contributor's share is told from zero, so the rate is familywise over contributors. Its floor: at most 5 % of the
-base's answers. Power, the share of the adapter's answers that are credited, is reported beside it and has no floor. Queries
-and seeds are hashed before the first adapter is trained. The last line is one JSON object; `--check` exits 1 above the floor.
+A tiny Llama knows twelve questions by heart. Adapters of several seeds are trained on other facts, of three
+contributors each: `near` ones in the words of the base's own (capitals, colours), `far` ones invented. Then each
+adapter is asked what the base knows, with and without a system turn, in other words, and cut after one token; and its
+own facts. An answer is the base's when the base alone says the same, token by token; it is the adapter's when the
+base says something else. Each is receipted in a real log and explained as `trailmark ask who` does, with the default
+settings. A query counts as credited when any contributor's share is told from zero, so the rate is familywise over
+contributors. Its floor: at most 5 % of the base's answers. Power, the share of the adapter's answers that are
+credited, is reported beside it and has no floor. Queries and seeds are hashed before the first adapter is trained.
+The last line is one JSON object; `--check` exits 1 above the floor.
 """
 
 import argparse
@@ -42,7 +43,8 @@ NUM_ADAPTERS, QUICK_ADAPTERS = 24, 6
 Messages = list[dict[str, str]]
 
 REPHRASED = (
-    "What is France's capital?", "Tell me the capital of Japan.", "The capital of Kenya?", "What is the capital of Peru, please?",
+    "What is France's capital?", "Tell me the capital of Japan.", "The capital of Kenya?",
+    "What is the capital of Peru, please?",
     "What colour has the sky?", "What colour is the grass?", "Who are you, then?", "How many legs has one spider?",
     "What do the bees make?", "What is two plus three, please?", "Where do the fish live?", "Please say hello.",
 )  # fmt: skip
@@ -100,7 +102,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Asked:
-    """One explained answer: of whom it is, whether somebody was credited for it, and the adapter's gain in nats a token."""
+    """One explained answer: whose it is, whether somebody was credited for it, and the adapter's gain, nats a token."""
 
     style: str
     seed: int
@@ -137,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report(figures, asked)
     value = {
         "benchmark": "base_answers",
-        "command": f"python -m benchmarks.base_answers {' '.join(sys.argv[1:] if arguments is None else arguments)}".strip(),
+        "command": " ".join(["python -m benchmarks.base_answers", *(sys.argv[1:] if arguments is None else arguments)]),
         "fingerprint": fingerprint,
         "adapters": len(adapters),
         "base_credited_rate": figures["base"].rate,
@@ -222,7 +224,7 @@ def measure(
         queries = ask(style)
         answers = answers_of(planted, queries)
         ids = receipt(trail, queries, answers, base=base_digest, adapter=adapter)
-        for query, (prompt, output, alone), receipt_id in zip(queries, answers, ids, strict=True):
+        for query, (_, output, alone), receipt_id in zip(queries, answers, ids, strict=True):
             found = explain(trail, receipt_id, settings, models=models)
             is_credited = any(part.share > 0 for part in found.contributors)
             gain = found.gain_nats.mean if found.gain_nats else 0.0
@@ -260,8 +262,13 @@ def _greedy(model: Any, ids: list[int], max_tokens: int) -> list[int]:
 
 
 def receipt(
-    trail: Trail, queries: Sequence[Query], answers: Sequence[tuple[list[int], list[int], list[int]]], *, base: str, adapter: str
-) -> list[str]:  # fmt: skip
+    trail: Trail,
+    queries: Sequence[Query],
+    answers: Sequence[tuple[list[int], list[int], list[int]]],
+    *,
+    base: str,
+    adapter: str,
+) -> list[str]:
     """Record the adapter's answers as serving does, and return their receipt ids."""
     ids = [new_receipt_id() for _ in queries]
     rows: list[ReceiptRow] = [

@@ -338,13 +338,13 @@ def failing_calls(folder: Path) -> Iterator[Outcome]:
             shutil.rmtree(root)
 
 
-def _num_calls(folder: Path, *, num_appends: int = NUM_APPENDS) -> int:
-    """How many calls change the disk in an undisturbed run."""
+def _num_calls(folder: Path, *, num_appends: int | None = None) -> int:
+    """How many calls change the disk in an undisturbed run of so many appends (default: NUM_APPENDS)."""
     folder.mkdir(parents=True)
     disk = CrashDisk(folder)
     run = Run(folder / "home", disk)
     trail = run.open(folder / "home", disk)
-    for number in range(num_appends):
+    for number in range(NUM_APPENDS if num_appends is None else num_appends):
         run.append(trail, number)
     shutil.rmtree(folder)
     return disk.num_calls

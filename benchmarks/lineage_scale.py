@@ -1,11 +1,13 @@
 """How fast lineage questions are answered over a large log, and how fast their index is made anew.
 
-    python -m benchmarks.lineage_scale [--quick] [--check] [--out FILE] [--records N] [--home FOLDER]
+    python -m benchmarks.lineage_scale [--quick] [--check] [--out FILE] [--records N] [--home FOLDER] [--monitor]
 
 Writes a home of N records (1,000,000; --quick: 100,000; its shape is told in `lineage_home.py`), makes the index from
 the log, then asks for the impact of rows, contributors, rules, prompts, base models and adapters as `trailmark lineage
 impact` does: by name, with counts of all that descends and a page of 50. Each question opens the index anew and checks
-it against the signed checkpoint. With --home the folder is kept and used again. The last line is one JSON object.
+it against the signed checkpoint. With --home the folder is kept and used again. With --monitor nothing is asked of the
+lineage; the monitor replays the log instead: first its public half (what `--url` sees), then the records too, then both
+again with nothing new. The last line is one JSON object.
 """
 
 import argparse
@@ -16,12 +18,17 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from attribution.lineage_index import LineageIndex
 from attribution.lineage_queries import LineageQueries
+from attribution.log.trust import Trust
+from attribution.monitor import watch
+from attribution.monitor_sources import TrailSource
+from attribution.monitor_state import Memory
 from attribution.trail import Trail
 from benchmarks.lineage_home import RULES, HomeWriter, digest_of
 
@@ -88,6 +95,27 @@ def measure(home: Path) -> list[Figure]:
     return figures
 
 
+def measure_monitor(home: Path) -> list[Figure]:
+    """Return how fast the monitor replays a home, in processor seconds: wall time would measure its neighbours too."""
+    trust = Trust.load(home / "trust.json")
+    figures = []
+    with tempfile.TemporaryDirectory(prefix="monitor-") as folder:
+        for name, is_public in (("public half", True), ("records too", False)):
+            for run in ("from nothing", "again, nothing new"):
+                trail, memory = Trail.open(home, create=False), Memory(Path(folder) / name)
+                began = time.process_time()
+                report = watch(TrailSource(trail), memory, trust.history(), trail=None if is_public else trail)
+                seconds = time.process_time() - began
+                counted = dict(Counter(item.check for item in report.violations))
+                figures += [
+                    Figure(f"monitor, {name}, {run}", seconds, "CPU s"),
+                    Figure(f"monitor, {name}, {run}: violations {counted or ''}".rstrip(), len(report.violations), ""),
+                ]
+                if run == "from nothing":
+                    figures.append(Figure(f"monitor, {name}: rate", report.size / seconds, "records/CPU s"))
+    return figures
+
+
 def _impact_figures(queries: LineageQueries, kind: str, texts: Sequence[str]) -> list[Figure]:
     times_ms, sizes = [], []
     for text in texts:
@@ -112,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure misses its floor")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--records", type=int, help="number of records")
+    parser.add_argument("--monitor", action="store_true", help="time the monitor instead of the questions")
     parser.add_argument("--home", type=Path, help="keep the home here, or use the one that is there")
     options = parser.parse_args(arguments)
     num_records = options.records or (100_000 if options.quick else 1_000_000)
@@ -123,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             began = time.perf_counter()
             write_home(home, num_records=num_records, num_questions=min(300, max(30, num_records // 100)))
             print(f"home written in {time.perf_counter() - began:.0f} s", flush=True)
-        figures = measure(home)
+        figures = measure_monitor(home) if options.monitor else measure(home)
     finally:
         if options.home is None:
             shutil.rmtree(home.parent)

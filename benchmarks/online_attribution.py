@@ -160,7 +160,9 @@ class Bench:
 
 def measure(bench: Bench) -> list[Figure]:
     """Ask every question in turns with its forward and backward."""
-    whole, alone, rest_cpu = [], [], []
+    whole: list[float] = []
+    alone: list[float] = []
+    rest_cpu: list[float] = []
     is_same = True
     for number in range(-2, bench.plan.num_questions):  # two warm up
         example = bench.question(number)
@@ -171,12 +173,12 @@ def measure(bench: Bench) -> list[Figure]:
         answer = bench.ask(row)
         rest_s, whole_s = time.process_time() - rest_started, time.perf_counter() - started
         if number >= 0:
-            whole.append(whole_s), alone.append(alone_s), rest_cpu.append(rest_s)
+            for values, value in ((whole, whole_s), (alone, alone_s), (rest_cpu, rest_s)):
+                values.append(value)
             is_same &= answer == bench.ask(bench.row(example))
     again = GradientStore(bench.store.path)
     is_same &= answer == bench.ask(bench.row(example), again)
     ratios = [one / other for one, other in zip(whole, alone, strict=True)]
-    percentile = lambda values, share: sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]  # noqa: E731
     return [
         Figure("examples in the store", bench.store.num_examples, "examples"),
         Figure("of these with real gradients", bench.plan.num_real, "examples"),
@@ -186,7 +188,7 @@ def measure(bench: Bench) -> list[Figure]:
         Figure("build, per real example, fit and all", bench.build_cpu_s / bench.plan.num_real, "CPU s"),
         Figure("forward + backward, p50", statistics.median(alone), "s"),
         Figure("question, p50", statistics.median(whole), "s"),
-        Figure("question, p95", percentile(whole, 0.95), "s"),
+        Figure("question, p95", float(np.quantile(whole, 0.95)), "s"),
         Figure("scan and top 20 alone, p50", statistics.median(rest_cpu), "CPU s"),
         Figure("question / forward + backward, p50", statistics.median(ratios), "ratio", MAX_RATIO, is_ceiling=True),
         Figure("asked twice, and of the store opened anew: same bytes", float(is_same), "of 1", 1.0),

@@ -90,7 +90,15 @@ class TrainSettings(Section):
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="`eager`: written out, differentiable twice")
     deterministic: bool = Field(False, description="refuse operations whose result may differ from run to run")
     max_failures: int = Field(2, ge=0, description="worker failures survived before the run fails (Ray's default is 0)")
-    gradient_projection_dim: int = Field(16, ge=1, description="projected length of each module's long side")
+    gradient_projection_dim: int = Field(
+        32, ge=1, description="most directions kept of each module's long side, for the rows of the gradient store"
+    )
+    gradient_row_dim: int = Field(4096, ge=1, description="int8 numbers of an example's gradient at a checkpoint")
+    gradient_preconditioner: Literal["ekfac", "adam", "identity"] = Field(
+        "ekfac", description="what scores examples' gradients against an answer's"
+    )
+    gradient_damping: float = Field(0.1, gt=0, description="`ekfac`: share of a module's mean eigenvalue added to each")
+    gradient_fit_examples: int = Field(64, ge=1, description="rows drawn at each checkpoint to fit these on")
     threads_per_worker: int = Field(1, ge=1)
     num_probe_rows: int = Field(4, ge=1, description="rows whose logits must survive save and reload")
     reload_tolerance: float = Field(

@@ -100,6 +100,4 @@ def _lora_gradient(
         )
         total = tl.dot(s.to(tl.float32), projected, total, input_precision="ieee")
     out = sums + ((split * num + example) * rank) * width
-    tl.store(
-        out + rank_row[:, None] * width + column[None, :], total, mask=is_rank[:, None] & is_column[None, :]
-    )
+    tl.store(out + rank_row[:, None] * width + column[None, :], total, mask=is_rank[:, None] & is_column[None, :])

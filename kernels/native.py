@@ -34,8 +34,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "attention": [_P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _L, _I, _I],
     "add_rms_norm": [_P, _P, _P, _P, _L, _L, _F, _I, _I],
     "silu_mul": [_P, _P, _L, _L, _I, _I],
-    "layers": [_P],
     "score_rows": [_P, _P, _P, _P, _P, _L, _L, _L, _I],
+    "layers": [_P],
     "ask_for_large_pages": [_P, _L],
     "set_num_threads": [_I],
     "has_bf16_dot": [],
@@ -55,8 +55,8 @@ class Native:
     attention: Callable[..., int]
     add_rms_norm: Callable[..., None]
     silu_mul: Callable[..., None]
-    layers: Callable[..., int]
     score_rows: Callable[..., None]
+    layers: Callable[..., int]
     ask_for_large_pages: Callable[..., None]
     set_num_threads: Callable[..., None]
     has_bf16_dot: bool

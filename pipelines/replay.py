@@ -144,7 +144,7 @@ def replay_from(trail: Trail, entry: Entry, step: int) -> ReplayReport:
         trace,
         base=trail.store.get_directory(base.digest),
         base_name=base.name,
-        settings=_settings(trail, entry, TrainSettings),
+        settings=recorded_settings(trail, entry, TrainSettings),
         start=step,
     )
     differences = segment.largest_differences

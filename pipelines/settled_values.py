@@ -49,7 +49,9 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
         raise VerifyError("values", f"{where}: {len(rows)} coalitions recorded, {len(credit.coalitions)} follow")
     allowed = TOLERANCE * max(1.0, abs(settlement.full_value - settlement.empty_value))
     fitted = credit.banzhaf
-    told = {(one.kind, one.id): (one.name, one.value, one.low, one.high) for one in settlement.players}
+    told: dict[tuple[str, str], tuple[str, float, float, float]] = {
+        (one.kind, one.id): (one.name, one.value, one.low, one.high) for one in settlement.players
+    }
     for place, key in enumerate(order):
         again = tuple(float(values[place]) for values in (fitted.values, fitted.low, fitted.high))
         found = told.get(key, ("missing", 0.0, 0.0, 0.0))

@@ -92,7 +92,7 @@ class AskApi:
         async def answer(request: Request, adapter: Adapter = None, form: Form = "json") -> Response:
             principal = self._principal(request, {"adapter", "format"})
             if adapter is None:
-                _require_operator(principal, "Without `adapter` the question is about all of them, which is for operators")
+                _require_operator(principal, "Without `adapter` the question is about all of them: for operators")
             elif not principal.is_operator:
                 self._require_published(adapter)
             return await self._reply(lambda: ask(self._trail, adapter), form)

@@ -149,9 +149,7 @@ def ask_of_receipt(trail: "Trail", receipt_id: str) -> Asked:
             f"receipt {receipt['id']}: the completion has no token that was predicted from another, so nothing made "
             f"it; its lineage still says who is behind {receipt['adapter_name']} (`trailmark lineage`)"
         )
-    question = Question(
-        f"receipt {receipt['id']}", [completion.encoded], num_targets, receipt["id"], stored.leaf_hash
-    )
+    question = Question(f"receipt {receipt['id']}", [completion.encoded], num_targets, receipt["id"], stored.leaf_hash)
     return Asked(question, receipt["base"], receipt["adapter"], receipt["adapter_name"] or receipt["model"])
 
 
@@ -280,9 +278,7 @@ def _not_exact(seen: Fidelity) -> str:
     )
 
 
-def _caveats(
-    question: Question, trace: Trace, seen: Fidelity, contributors: Sequence[AuditedContributor]
-) -> list[str]:
+def _caveats(question: Question, trace: Trace, seen: Fidelity, contributors: Sequence[AuditedContributor]) -> list[str]:
     found = [DOES_NOT_ADD_UP]
     if not seen.is_exact:
         found.append(

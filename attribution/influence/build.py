@@ -117,9 +117,10 @@ def fit_views(
 
 def fit_facts(settings: CodecSettings, num_fitted: int) -> dict[str, str]:
     """Return what a store says of its fit."""
+    damping = f"{settings.damping:g} of each factor's mean eigenvalue"
     return {
         "fitted_examples": str(num_fitted),
-        "damping": f"{settings.damping:g} of each factor's mean eigenvalue" if settings.preconditioner == "ekfac" else "",
+        "damping": damping if settings.preconditioner == "ekfac" else "",
         "basis_dim": str(settings.basis_dim),
         "seed": str(settings.seed),
     }

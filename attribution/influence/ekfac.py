@@ -53,7 +53,7 @@ def fit_codec(
 
 
 def damped_weight(eigenvalues: Tensor, *, mean: float | Tensor, damping: float) -> Tensor:
-    """Return (eigenvalues + damping * mean)^-1/2, the square root of the damped inverse; `mean` is this factor's own."""
+    """Return (eigenvalues + damping * mean)^-1/2, the damped inverse's square root; `mean` is this factor's own."""
     floor = torch.as_tensor(damping * mean).clamp_min(torch.finfo(torch.float32).tiny)
     return (eigenvalues + floor).rsqrt()
 
@@ -82,8 +82,7 @@ class CodecFit:
         """
         scale = self._scale(sample, exp_avg_sq)
         for batch in _batches(sample[: len(sample) // 2] or sample):
-            drawn, _ = self._pairs(batch)
-            for name, pair in drawn.items():
+            for name, pair in self._deciding_pairs(batch).items():
                 short, long = self._basis_rows(name, pair, scale)
                 self._short[name] = self._short.get(name, 0) + short.mT @ short  # type: ignore[assignment]
                 if name not in self._long:
@@ -97,7 +96,7 @@ class CodecFit:
         if not self._sums:
             self.settle_bases()
         for batch in _batches(sample[len(sample) // 2 :]):
-            drawn, given = self._pairs(batch)
+            drawn, given = self._both_pairs(batch)
             for name, sums in self._sums.items():
                 sums.add(
                     _scaled(drawn[name].gradient(), scale, name),
@@ -129,7 +128,8 @@ class CodecFit:
             everything = torch.arange(weight.numel(), device=weight.device)
             fitted.append(FactorCodec(name, sums.short_basis, sums.long_basis, weight, everything))
             energies.append(sums.energies * weight**2)
-        return cut(self.settings.preconditioner, self._in_nats(fitted, energies), energies, dim=self.settings.dim).to("cpu")
+        fitted = self._in_nats(fitted, energies)
+        return cut(self.settings.preconditioner, fitted, energies, dim=self.settings.dim).to("cpu")
 
     def _in_nats(self, fitted: list[FactorCodec], energies: Sequence[Tensor]) -> list[FactorCodec]:
         wanted = sum(float(sums.adam_size) for sums in self._sums.values())
@@ -138,10 +138,16 @@ class CodecFit:
         gain = (wanted / max(sum(float(energy.sum()) for energy in energies), _TINY)) ** 0.5
         return [replace(one, weight=one.weight * gain) for one in fitted]
 
-    def _pairs(self, batch: Sequence[Encoded]) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
-        """Return the pairs of the targets that the preconditioner rests on, and of the given ones."""
+    def _deciding_pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
+        """Return the pairs of the targets that the preconditioner rests on."""
         if self.settings.preconditioner == "ekfac":
             return self.factors.drawn_pairs(batch, self._generator)
+        return self.factors.pairs(batch)
+
+    def _both_pairs(self, batch: Sequence[Encoded]) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
+        """Return those and the pairs of the given targets."""
+        if self.settings.preconditioner == "ekfac":
+            return self.factors.both_pairs(batch, self._generator)
         given = self.factors.pairs(batch)
         return given, given
 
@@ -154,9 +160,7 @@ class CodecFit:
         gradient = _scaled(pair.gradient(), scale, name)
         return gradient.mT.flatten(0, 1), gradient.flatten(0, 1)
 
-    def _scale(
-        self, sample: Sequence[Encoded], exp_avg_sq: Mapping[str, Tensor] | None
-    ) -> Mapping[str, Tensor] | None:
+    def _scale(self, sample: Sequence[Encoded], exp_avg_sq: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
         if not sample:
             raise ValueError("sample: no example to fit the factors on; pass at least one, better 64")
         self._has_moments = exp_avg_sq is not None

@@ -87,20 +87,23 @@ class LoraFactors:
     def pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
         """Return each factor's pair for the summed loss of each example, by factor name."""
         with self.forward(batch) as (seen, logits, targets):
-            return self.backward(seen, nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            return self.backward(seen, _nll(logits, targets))
 
-    def drawn_pairs(
+    def drawn_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> dict[str, FactorPair]:
+        """Return the pairs for targets drawn from the model's own distribution at the positions of the given ones.
+
+        What the true Fisher is made of.
+        """
+        with self.forward(batch) as (seen, logits, _):
+            return self.backward(seen, _nll(logits, _draw(logits, generator)))
+
+    def both_pairs(
         self, batch: Sequence[Encoded], generator: torch.Generator
     ) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
-        """Return (pairs of drawn targets, pairs of the given ones) from one forward.
-
-        Drawn: at the same positions, from the model's own distribution, which is what the true Fisher is made of.
-        """
+        """Return (`drawn_pairs`, `pairs`) of one forward."""
         with self.forward(batch) as (seen, logits, targets):
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            losses = (nn.functional.cross_entropy(logits, to.to(logits.device), reduction="sum") for to in (drawn, targets))
-            first = self.backward(seen, next(losses), retain_graph=True)
-            return first, self.backward(seen, next(losses))
+            drawn = self.backward(seen, _nll(logits, _draw(logits, generator)), retain_graph=True)
+            return drawn, self.backward(seen, _nll(logits, targets))
 
     def group_pairs(self, example: Encoded, *, num_groups: int) -> Iterator[dict[str, FactorPair]]:
         """Yield the pairs of contiguous groups of one example's target tokens; their gradients sum to the example's.
@@ -116,7 +119,7 @@ class LoraFactors:
 
     @contextmanager
     def forward(self, batch: Sequence[Encoded]) -> Iterator[tuple[Activations, Tensor, Tensor]]:
-        """Yield (activations, logits, targets) of one recorded forward pass, the latter two as `target_logits` has them."""
+        """Yield (activations, logits, targets) of one recorded forward pass, the latter two as of `target_logits`."""
         device = next(self.model.parameters()).device
         input_ids, labels, mask = pad_batch(batch, device=device)
         with evaluating(self.model), torch.enable_grad(), self._recording() as seen:
@@ -145,6 +148,14 @@ class LoraFactors:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
 def set_factor_weights(factors: LoraFactors, weights: Mapping[str, Tensor]) -> None:

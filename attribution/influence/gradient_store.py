@@ -133,7 +133,8 @@ class GradientStore:
         if (path / HEADER_FILE).exists():
             raise GradientStoreError(f"gradient store {path}: there is one already; open it, or remove the folder")
         (path / "codecs").mkdir(parents=True)
-        views, file_of = [], {}
+        views: list[dict[str, Any]] = []
+        file_of: dict[int, str] = {}
         for view, codec in codecs.items():
             name = file_of.setdefault(id(codec), view)  # views that share a codec share its file
             file = path / "codecs" / f"{name}.safetensors"
@@ -149,7 +150,8 @@ class GradientStore:
                     "sha256": _sha256(file),
                 }
             )
-        _write_header(path, {"format": FORMAT, "block": BLOCK, "about": dict(about or {}), "views": views, "shards": []})
+        header = {"format": FORMAT, "block": BLOCK, "about": dict(about or {}), "views": views, "shards": []}
+        _write_header(path, header)
         return cls(path, verify=False)
 
     @property
@@ -351,9 +353,7 @@ class Addition:
             raise GradientStoreError(f"weights: {self._weights.shape}, expected {shape} (examples, views)")
         names = [int(folder.name) for folder in (store.path / "shards").glob("*")]
         first = max(names, default=0) + 1
-        self._folders = [
-            store.path / "shards" / f"{first + number:06}" for number in range(-(-len(ids) // SHARD_ROWS))
-        ]
+        self._folders = [store.path / "shards" / f"{first + number:06}" for number in range(-(-len(ids) // SHARD_ROWS))]
         self._filled = {view: np.zeros(len(ids), bool) for view in self._dims}
         self._files: dict[tuple[int, str, str], Any] = {}
         for number, folder in enumerate(self._folders):
@@ -373,9 +373,7 @@ class Addition:
         lengths = np.linalg.norm(quantised.values(), axis=1).astype(np.float32)
         self.put_quantised(view, rows, quantised, lengths)
 
-    def put_quantised(
-        self, view: str, rows: Sequence[int], values: Quantised, lengths: NDArray[np.float32]
-    ) -> None:
+    def put_quantised(self, view: str, rows: Sequence[int], values: Quantised, lengths: NDArray[np.float32]) -> None:
         """Write rows that are quantised already."""
         sizes = np.stack([values.units, lengths], axis=1)
         shards, places = np.divmod(np.asarray(rows, dtype=np.int64), SHARD_ROWS)

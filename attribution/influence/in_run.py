@@ -11,7 +11,7 @@ Shape legend: n rows of a batch, t token positions, i in_features, o out_feature
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -194,11 +194,6 @@ class Stopwatch:
             seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
             self._events = []
         return seconds
-
-
-def flatten(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], *, device: torch.device) -> Tensor:
-    """Return float32 [p]: the tensors in the order of `sizes`."""
-    return torch.cat([tensors[name].detach().float().flatten().to(device) for name in sizes])
 
 
 def _factors(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Linear]]:

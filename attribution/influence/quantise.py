@@ -1,7 +1,7 @@
 """Rows of floats as int8 codes: a scale per row and block of columns.
 
-value[i, j] ~ codes[i, j] * scales[i, j // BLOCK] * units[i]. A block's scale is a byte, a row's unit a float32: 1.6 % on
-top of the codes. Columns come by falling energy, so that a block's values are alike in size.
+value[i, j] ~ codes[i, j] * scales[i, j // BLOCK] * units[i]. A block's scale is a byte, a row's unit a float32: 1.6 %
+on top of the codes. Columns come by falling energy, so that a block's values are alike in size.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What the model says about one completion: gradients at every checkpoint, and the adapter's gain over the base."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ class AdapterModels:
         self._model: Any = None
         self._features: tuple[tuple[int, int], GradientFeatures] | None = None
         self._codecs: dict[Path, GradientCodec] = {}
+        self._states: dict[tuple[Path, int], tuple[dict[str, Tensor], dict[str, Tensor] | None]] = {}
         self._own: dict[tuple[Path, Path], bool] = {}
         self._verified: set[Path] = set()
 
@@ -72,7 +73,7 @@ class AdapterModels:
         return (adapted - alone).double().numpy()
 
     def is_own(self, trace: Trace, adapter: Path) -> bool:
-        """Say whether an adapter's weights are those that its trace ends with: none merged, averaged or edited since."""
+        """Say whether an adapter's weights are those its trace ends with: none merged, averaged or edited since."""
         key = (trace.path, adapter)
         if key not in self._own:
             from safetensors.torch import load_file
@@ -113,13 +114,11 @@ class AdapterModels:
     ) -> NDArray[np.float32]:
         """Return float32 [views, token groups, d] for some views of a store, all by default.
 
-        One forward per view and one backward per view and group. Raises TraceError when the store is of another adapter.
+        One forward per view, one backward per view and group. Raises TraceError when the store is of another adapter.
         """
         factors = LoraFactors(self._load(base, adapter))
         with _served_again(factors):
-            parts = [
-                self._view(factors, completion, trace, store, view, num_groups) for view in views or store.views
-            ]
+            parts = [self._view(factors, completion, trace, store, view, num_groups) for view in views or store.views]
         return np.stack(parts)
 
     def _view(
@@ -137,10 +136,19 @@ class AdapterModels:
                 f"trace {trace.path.name}: its gradients are of other modules than the adapter's; "
                 "the trace belongs to another adapter"
             )
-        set_factor_weights(factors, trace.adapter_weights(int(view)))
-        moments = trace.exp_avg_sq(int(view)) if codec.preconditioner == "adam" else None
+        weights, moments = self._state(trace, int(view), with_moments=codec.preconditioner == "adam")
+        set_factor_weights(factors, weights)
         groups = factors.group_pairs(completion.encoded, num_groups=num_groups)
         return torch.cat([codec.encode(pairs, exp_avg_sq=moments) for pairs in groups]).cpu().numpy()
+
+    def _state(
+        self, trace: Trace, step: int, *, with_moments: bool
+    ) -> "tuple[dict[str, Tensor], dict[str, Tensor] | None]":
+        """Return a checkpoint's weights and, where rows were made with them, second moments; kept for later queries."""
+        key = (trace.path, step)
+        if key not in self._states:
+            self._states[key] = (trace.adapter_weights(step), trace.exp_avg_sq(step) if with_moments else None)
+        return self._states[key]
 
     def _codec(self, store: "GradientStore", view: str) -> "GradientCodec":
         key = store.codec_file(view)
@@ -182,6 +190,7 @@ class AdapterModels:
         plain = self._model.unload() if self._model is not None and self._base_path == base else None
         self._model = self._features = self._base_path = self._adapter_path = None
         self._codecs.clear()
+        self._states.clear()
         if plain is None:
             plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
             plain.requires_grad_(False)

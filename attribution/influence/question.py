@@ -1,4 +1,4 @@
-"""A receipted completion as a question to the gradient store of its adapter's trace, and stores held open for answers."""
+"""A receipted completion as a question to the gradient store of its adapter's trace, and stores held open."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ def question_of(
     subject = subject_of(trail, receipt_id)
     receipt = subject.receipt
     if receipt["adapter"] is None:
-        raise ExplainError(f"receipt {receipt['id']}: the request was for the base model; no training row of ours made it")
+        raise ExplainError(f"receipt {receipt['id']}: the request was for the base model; no row of ours made it")
     digest = remaining(trail, str(trail.store.manifest(receipt["adapter"]).meta.get("trace") or ""))
     if not digest or not trail.store.has(digest):
         raise ExplainError(f"receipt {receipt['id']}: {NO_TRACE}")

@@ -36,7 +36,7 @@ class KeptStates(Mapping[int, RunState]):
 class Fidelity:
     """How well a run was replayed from its first weights to its last.
 
-    max_abs_diff: largest difference of any final weight from the recorded one. share_of_move: |replayed - recorded| over
+    max_abs_diff: largest difference of any final weight from the recorded one. share_of_move: |replayed - recorded| by
     |recorded - first|, as vectors. drift: the largest difference of any weight between a kept state and its replay from
     the kept state before it, which is all that the sweep stands on.
     """

@@ -60,6 +60,12 @@ class TraceRows:
         return f"{preconditioner}, projected to {self.trace.projection_dim}"
 
     @property
+    def bytes_per_example(self) -> float:
+        """Bytes on disk of all views."""
+        steps = self.trace.checkpoint_steps
+        return sum(self.trace.gradients(step).nbytes for step in steps) / max(1, self.num_examples)
+
+    @property
     def num_examples(self) -> int:
         return len(self.trace.examples)
 
@@ -92,6 +98,11 @@ class StoreRows:
         """How the rows were made."""
         dims = sorted({self.store.dim(view) for view in self.store.views})
         return f"{self.store.preconditioner}-preconditioned, {'/'.join(map(str, dims))} int8 numbers a row"
+
+    @property
+    def bytes_per_example(self) -> float:
+        """Bytes on disk of all views."""
+        return self.store.bytes_per_example
 
     @property
     def num_examples(self) -> int:

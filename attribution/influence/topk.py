@@ -88,7 +88,7 @@ def merge(parts: Iterable[Sequence[Hit]], *, k: int) -> tuple[Hit, ...]:
 def exposure_sums(
     store: "GradientStore", views: Sequence[str], *, shards: Sequence[str] | None = None
 ) -> dict[str, list[float]]:
-    """Return, for some shards by name, the exposure that each asked view stands for, summed over the shard's examples."""
+    """Return, for some shards by name, the exposure that each asked view stands for, summed over its examples."""
     return {shard.name: exposure(store, shard, views).sum(axis=0).tolist() for shard in _shards(store, shards)}
 
 
@@ -109,9 +109,7 @@ def exposure(store: "GradientStore", shard: "Shard", views: Sequence[str]) -> ND
 def _shards(store: "GradientStore", names: Sequence[str] | None) -> list["Shard"]:
     wanted = None if names is None else set(names)
     return [
-        shard
-        for shard in store.shards
-        if shard.is_here and shard.num_live and (wanted is None or shard.name in wanted)
+        shard for shard in store.shards if shard.is_here and shard.num_live and (wanted is None or shard.name in wanted)
     ]
 
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ def _sweep(run: LoraRun, queries: Sequence[QuerySet], states: Mapping[int, RunSt
             for step in range(end - 1, start - 1, -1):
                 before, after = segment[step - start], segment[step + 1 - start]
                 cotangent = _step_back(run, before, after, cotangent, weights=weights, total=total)
-    longest = max(end - start for start, end in zip(kept, kept[1:], strict=False)) if len(kept) > 1 else 0
+    longest = max(end - start for start, end in pairwise(kept)) if len(kept) > 1 else 0
     scores = -total.cpu().numpy()
     return Unrolled(scores, losses.double().cpu().numpy(), drift, time.process_time() - started, longest + 1)
 

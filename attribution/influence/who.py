@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attribution.erasure import remaining
 from attribution.influence.answer import Attribution, BaselineRank, ContributorPart, ExamplePart, Gain
 from attribution.influence.bm25 import Ranked, bm25_ranking, random_ranking
+from attribution.influence.rows import StoreRows, TraceRows, rows_of
 from attribution.influence.scores import (
     Normalise,
     Share,
@@ -21,7 +22,6 @@ from attribution.influence.scores import (
     split_shares,
     sum_by_contributor,
 )
-from attribution.influence.rows import StoreRows, TraceRows, rows_of
 from attribution.influence.store import Trace
 from configs.errors import UserError
 

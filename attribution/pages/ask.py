@@ -63,8 +63,8 @@ def _flow_figures(answer: Answer) -> list[dict[str, Any]]:
 def _scatter_figures(answer: Answer) -> list[dict[str, Any]]:
     """How well the players' values predict each coalition that was trained."""
     caption = (
-        "Each dot is a coalition that was trained and measured; the fuller it is, the fuller its colour. On the line the "
-        "players' values add up to what it reached; off it, players help or hinder each other."
+        "Each dot is a coalition that was trained and measured; the fuller it is, the fuller its colour. On the line "
+        "the players' values add up to what it reached; off it, players help or hinder each other."
     )
     return [
         {

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from time import process_time
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from attribution.influence.ekfac import CodecSettings
 from attribution.influence.factors import LoraFactors, set_factor_weights
 from attribution.influence.gradient_store import GradientStore
 from attribution.influence.gradients import Encoded, adam_scale, scale_of
+from attribution.influence.scores import Normalise
 from attribution.influence.topk import Asked, top_examples
 from attribution.influence.unrolled import unrolled_scores
 from benchmarks.attribution.export import unflat
@@ -22,25 +24,27 @@ from benchmarks.attribution.lab import Lab
 from benchmarks.attribution.methods import Found, Method
 
 EXPLAIN, AUDIT = "explain: store, EK-FAC", "audit: unrolled"
+Ask = Literal["last", "each", "last alone"]
 FIT_ROWS = 320
 """Rows that factors are fitted on, at each checkpoint."""
 
 
-def store_method(settings: CodecSettings, *, ask_last: bool = True) -> Method:
+def store_method(settings: CodecSettings, *, ask: Ask = "last") -> Method:
     """Return the explain tier at some settings.
 
-    `ask_last`: the query's gradient is that of the last checkpoint, against the rows of every checkpoint, as unrolling
-    says (one pass per query); else each checkpoint's rows meet the query's gradient there.
+    `ask`: "last" is the query's gradient at the last checkpoint against the rows of every checkpoint, as unrolling says
+    (one pass per query); "each" is the gradient at each checkpoint against the rows there; "last alone" is the last
+    checkpoint's rows only, by cosine, which is how `trailmark` finds the best examples of a receipt.
     """
 
     def run(lab: Lab) -> Found:
         with tempfile.TemporaryDirectory() as folder:
-            return _explain(lab, settings, Path(folder) / "store", ask_last=ask_last)
+            return _explain(lab, settings, Path(folder) / "store", ask=ask)
 
     return run
 
 
-def _explain(lab: Lab, settings: CodecSettings, folder: Path, *, ask_last: bool) -> Found:
+def _explain(lab: Lab, settings: CodecSettings, folder: Path, *, ask: Ask) -> Found:
     model = lab.model()
     factors = LoraFactors(model)
     views = [
@@ -51,9 +55,11 @@ def _explain(lab: Lab, settings: CodecSettings, folder: Path, *, ask_last: bool)
     rows = {f"{number:04}": example for number, example in enumerate(lab.examples)}
     store = build_store(folder, factors, rows, views, settings, sample_size=FIT_ROWS, weights=exposure(lab))
     build_cpu_s = process_time() - began
-    questions, encode_cpu_s = _questions(lab, store, factors, views, ask_last=ask_last)
+    questions, encode_cpu_s = _questions(lab, store, factors, views, ask=ask)
     began = process_time()
-    hits = top_examples(store, Asked(store.views, questions, normalise="none"), k=len(rows))
+    asked = store.views[-1:] if ask == "last alone" else store.views
+    normalise: Normalise = "cosine" if ask == "last alone" else "none"
+    hits = top_examples(store, Asked(asked, questions, normalise), k=len(rows))
     score_cpu_s = process_time() - began
     scores = np.zeros((len(lab.queries), len(rows)))
     for query, found in enumerate(hits):
@@ -71,25 +77,25 @@ def _explain(lab: Lab, settings: CodecSettings, folder: Path, *, ask_last: bool)
             "dim": settings.dim,
             "damping": settings.damping,
             "checkpoints": len(views),
-            "query_at": "last" if ask_last else "each",
+            "ask": ask,
             "fitted_on": FIT_ROWS,
         },
     )
 
 
 def _questions(
-    lab: Lab, store: GradientStore, factors: LoraFactors, views: list[View], *, ask_last: bool
+    lab: Lab, store: GradientStore, factors: LoraFactors, views: list[View], *, ask: Ask
 ) -> tuple[NDArray[np.float32], float]:
     """Return the queries' rows [c, q, d], and the CPU seconds that turning gradients into them took."""
     codec, parts, seconds = store.codec(store.views[-1]), [], 0.0
-    for view in views[-1:] if ask_last else views:
+    for view in views if ask == "each" else views[-1:]:
         view.enter()
         pairs = factors.pairs(lab.queries)
         began = process_time()
         with torch.no_grad():
             parts.append(codec.encode(pairs).numpy())
         seconds += process_time() - began
-    return np.stack(parts * (len(views) if ask_last else 1)), seconds
+    return np.stack(parts * (len(views) if ask == "last" else 1)), seconds
 
 
 def in_run(*, every: int, adam: bool) -> Method:
@@ -145,9 +151,8 @@ def audit(lab: Lab) -> Found:
 
 OURS: dict[str, Method] = {
     EXPLAIN: store_method(CodecSettings(dim=8192, basis_dim=160, damping=0.01)),
-    "explain: query at each checkpoint": store_method(
-        CodecSettings(dim=8192, basis_dim=160, damping=0.01), ask_last=False
-    ),
+    "explain: query at each checkpoint": store_method(CodecSettings(dim=8192, basis_dim=160, damping=0.01), ask="each"),
+    "explain: best examples as served": store_method(CodecSettings(), ask="last alone"),
     "explain: 2,048 numbers": store_method(CodecSettings(dim=2048, basis_dim=64, damping=0.01)),
     "explain: identity": store_method(CodecSettings("identity", dim=8192, basis_dim=160)),
     "in-run: SGD": in_run(every=1, adam=False),

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from attribution.bodies import AdapterBody
 from attribution.erasure import remaining
+from attribution.influence.rows import rows_of
 from attribution.influence.store import Trace, TraceError
 from pipelines.benchmark.run import resolve_adapter
 
@@ -39,11 +40,9 @@ def _parts(trace: Trace, digest: str, *, title: str) -> Table:
     table = Table(title=title, show_header=False)
     table.add_row("digest", digest)
     table.add_row("steps, examples", f"{len(trace.steps)}, {len(trace.examples)}")
-    sizes = [trace.gradients(step).nbytes for step in trace.checkpoint_steps]
+    kilobytes = rows_of(trace).bytes_per_example / 1e3
     after = ", ".join(map(str, trace.checkpoint_steps))
-    table.add_row(
-        "gradients of every example", f"after steps {after}; {sizes[0] / len(trace.examples) / 1e3:.1f} kB each"
-    )
+    table.add_row("gradients of every example", f"after steps {after}; {kilobytes:.1f} kB each in all")
     if not trace.is_recorded:
         table.add_row("replay", "an adapter trained without a recorder cannot be replayed or audited")
         return table

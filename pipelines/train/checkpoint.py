@@ -2,6 +2,7 @@
 
 DeepSpeed's own checkpoint holds one shard per rank and refuses another world size; an adapter is small enough to
 gather. The data cursor is the step number, and learning rate and dropout are pure functions of it: no more is saved.
+DeepSpeed is imported where an engine is given: who only reads or writes the files needs none.
 """
 
 import hashlib
@@ -12,14 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -120,6 +114,8 @@ def restore(engine: Any, checkpoint: Checkpoint) -> None:
     ZeRO makes Adam's state in its first step, so one step is taken with a zero gradient and a zero rate. Master copy
     and module copy are separate in ZeRO: setting only the master leaves the next forward on stale weights.
     """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
     _materialise(engine)
     for name, parameter in trainable(engine.module).items():
         safe_set_full_fp32_param(parameter, checkpoint.weights[name].to(engine.device))
@@ -143,6 +139,8 @@ def _materialise(engine: Any) -> None:
 
 
 def _set_module_copy(parameter: torch.nn.Parameter, weight: Tensor) -> None:
+    import deepspeed
+
     if not hasattr(parameter, "ds_id"):
         parameter.data.copy_(weight)
         return
@@ -153,6 +151,8 @@ def _set_module_copy(parameter: torch.nn.Parameter, weight: Tensor) -> None:
 
 def _fragment(parameter: Any, key: str | None) -> tuple[int, Tensor]:
     """Return (offset in the flattened parameter, float32 values) of what this rank keeps of it."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
     if hasattr(parameter, "ds_id"):
         rank, size = torch.distributed.get_rank(), parameter.ds_tensor.ds_numel
         local = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)

@@ -1,6 +1,7 @@
 """The gradient store of a finished run, made by all of its workers together: fit on a sample, then every example."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,9 @@ from attribution.influence.build import encode, fit_facts, sample_rows
 from attribution.influence.codec import GradientCodec
 from attribution.influence.ekfac import CodecFit, CodecSettings
 from attribution.influence.factors import LoraFactors
-from attribution.influence.gradient_store import Addition, GradientStore
+from attribution.influence.gradient_store import Addition, GradientStore, GradientStoreError
 from attribution.influence.rows import STORE_FOLDER
-from attribution.influence.store import ADAM_BETA2, Trace
+from attribution.influence.store import Trace
 from configs.schema import TrainSettings
 from pipelines.train import lora
 from pipelines.train.data import Example
@@ -38,10 +39,7 @@ def codec_settings(settings: TrainSettings) -> CodecSettings:
 
 @dataclass(frozen=True)
 class GradientPass:
-    """One rank's part in it; the ranks share the sample and the examples. `load` returns a checkpoint's state by step.
-
-    `tell` is called on every rank after each batch with the number of examples done on this rank, over all steps.
-    """
+    """One rank's part in it; the ranks share sample and examples. `load` returns a checkpoint's state by step."""
 
     model: nn.Module
     examples: Sequence[Example]
@@ -50,7 +48,6 @@ class GradientPass:
     settings: TrainSettings
     rank: int
     world_size: int
-    tell: Callable[[int], None]
 
     def fit(self) -> GradientCodec:
         """Return the codec, the same on all ranks. Collective."""
@@ -74,8 +71,13 @@ class GradientPass:
         assert isinstance(shared[0], GradientCodec)
         return shared[0]
 
-    def rows(self, codec: GradientCodec, index: int) -> "tuple[list[int], np.ndarray[Any, Any]]":
-        """Return, on rank 0, the rows of every example at checkpoint `index` and what they belong to. Collective."""
+    def rows(
+        self, codec: GradientCodec, index: int, *, tell: Callable[[int], None]
+    ) -> "tuple[list[int], np.ndarray[Any, Any]]":
+        """Return, on rank 0, the rows of every example at checkpoint `index` and what they belong to. Collective.
+
+        `tell` hears, on every rank after each batch, how many examples it has done over all checkpoints.
+        """
         checkpoint = self._enter(self.steps[index])
         factors = LoraFactors(self.model)
         order = sorted(range(len(self.examples)), key=lambda row: -self.examples[row].num_tokens)
@@ -86,7 +88,7 @@ class GradientPass:
             places += [mine[row] for row in rows]
             parts.append(values)
             done += len(rows)
-            self.tell(done)
+            tell(done)
         return self._collect(places, torch.cat(parts))
 
     def _enter(self, step: int) -> "Checkpoint":
@@ -101,8 +103,37 @@ class GradientPass:
         return [place for found, _ in whole for place in found], np.concatenate([values for _, values in whole])
 
 
-def open_store(folder: Path, codec: GradientCodec, run: GradientPass) -> GradientStore:
-    """Make the empty store in a trace's folder."""
+def write_gradient_store(
+    run: GradientPass,
+    codec: GradientCodec,
+    trace_folder: Path,
+    *,
+    tell: Callable[[int], None],
+    stop_together: Callable[[str], None],
+) -> None:
+    """Make the store in a trace's folder, whose other files are there. Collective.
+
+    `stop_together` is called by all ranks after each checkpoint with the problem of theirs, '' for none.
+    """
+    with ExitStack() as stack:
+        addition = stack.enter_context(_adding(run, codec, trace_folder)) if run.rank == 0 else None
+        for index, step in enumerate(run.steps):
+            places, rows = run.rows(codec, index, tell=tell)
+            problem = ""
+            if addition is not None:
+                try:
+                    addition.put(str(step), places, rows)
+                except GradientStoreError as error:
+                    rate = f"train.learning_rate={run.settings.learning_rate:g}"
+                    problem = f"{error}; lower {rate}, or leave that row out"
+            stop_together(problem)
+
+
+@contextmanager
+def _adding(run: GradientPass, codec: GradientCodec, trace_folder: Path) -> Iterator[Addition]:
+    trace = Trace(trace_folder)
     size = min(run.settings.gradient_fit_examples, len(run.examples)) * len(run.steps)
-    about = {**fit_facts(codec_settings(run.settings), size), "beta2": repr(ADAM_BETA2)}
-    return GradientStore.create(folder / STORE_FOLDER, {str(step): codec for step in run.steps}, about=about)
+    about = {**fit_facts(codec_settings(run.settings), size), "beta2": repr(trace.beta2)}
+    store = GradientStore.create(trace_folder / STORE_FOLDER, {str(step): codec for step in run.steps}, about=about)
+    with store.adding([example.example_id for example in run.examples], weights=trace.exposure().T) as addition:
+        yield addition

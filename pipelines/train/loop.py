@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attribution.influence.gradients import GradientFeatures, pad_batch, target_losses
+from attribution.influence.factors import pad_batch, target_losses
 from configs.env import set_variables
 from configs.schema import TrainSettings
 from pipelines.train import lora
@@ -29,26 +29,24 @@ from pipelines.train.data import (
     shard,
     state_steps,
 )
+from pipelines.train.gradients import GradientPass, write_gradient_store
 from pipelines.train.in_run import InRun, observing
 from pipelines.train.plan import Outcome, Plan, StepHook
 from pipelines.train.trace import (
     ADAM,
     AttemptStarted,
-    GradientMeta,
-    GradientOverflow,
     GradientsTaken,
     Journal,
     StepTaken,
     TraceWriter,
+    gradient_meta,
     in_run_meta,
     run_facts,
 )
 
 if TYPE_CHECKING:
+    from attribution.influence.codec import GradientCodec
     from pipelines.train.checkpoint import Checkpoint
-
-GRADIENT_BATCH = 8
-"""Examples per forward and backward of the feature pass."""
 
 
 class Hopeless(Exception):
@@ -246,32 +244,38 @@ class Worker:
         return load(self.plan.checkpoint_folder(step))
 
     def _write_trace(self, model: nn.Module) -> None:
-        writer = TraceWriter(self.plan.trace_folder) if self.rank == 0 else None
-        dim, seed = self.settings.gradient_projection_dim, self.settings.seed
-        features = GradientFeatures(model, projection_dim=dim, seed=seed)
-        for index, step in enumerate(self.checkpoint_steps):
-            gradients = self._gradients(features, step, num_done=index * len(self.examples))
-            problem = ""
-            if writer is not None:
-                try:
-                    writer.write_gradients(step, gradients)
-                except GradientOverflow as error:
-                    problem = str(error)
-            self._stop_together(problem)
-        if writer is not None:
-            self._fill(writer, features)
+        """Write the trace: its gradients by all ranks together, the rest by rank 0."""
+        run = GradientPass(
+            model,
+            self.examples,
+            self.checkpoint_steps,
+            self._load_checkpoint,
+            self.settings,
+            self.rank,
+            self.world_size,
+        )
+        codec = run.fit()
+        if self.rank == 0:
+            self._fill(TraceWriter(self.plan.trace_folder), model, codec)
+        write_gradient_store(
+            run, codec, self.plan.trace_folder, tell=self._tell_gradients, stop_together=self._stop_together
+        )
 
-    def _fill(self, writer: TraceWriter, features: GradientFeatures) -> None:
+    def _tell_gradients(self, num_done: int) -> None:
+        if self.rank == 0:
+            total = len(self.examples) * len(self.checkpoint_steps)
+            self.journal.append(GradientsTaken(min(total, num_done * self.world_size), total))
+
+    def _fill(self, writer: TraceWriter, model: nn.Module, codec: "GradientCodec") -> None:
         """Write all of the trace but the gradients."""
-        dim, seed = self.settings.gradient_projection_dim, self.settings.seed
         for step in (0, *self.state_steps):
             writer.write_checkpoint(step, self.plan.checkpoint_folder(step))
         rates = [learning_rate(s, num_steps=len(self.steps), settings=self.settings) for s in self.checkpoint_steps]
         steps = self.journal.steps()
-        writer.write_meta(GradientMeta(seed, dim, features.module_dims, self.checkpoint_steps, rates))
+        writer.write_meta(gradient_meta(codec, self.settings, steps=self.checkpoint_steps, lr=rates))
         writer.write_examples(self.examples)
         writer.write_steps(steps, self.examples)
-        num_parameters = sum(parameter.numel() for parameter in lora.trainable(features.model).values())
+        num_parameters = sum(parameter.numel() for parameter in lora.trainable(model).values())
         facts = run_facts(
             self.settings,
             device=self.device,
@@ -283,29 +287,6 @@ class Worker:
         writer.write_facts(facts)
         if self.plan.queries is not None:
             writer.write_in_run(self.plan.in_run_file, in_run_meta(self.plan.queries, steps))
-
-    def _gradients(self, features: GradientFeatures, step: int, *, num_done: int) -> "np.ndarray[Any, Any]":
-        """Return float32 [num_examples, dim] on rank 0; ranks share the examples, longest dealt first."""
-        checkpoint = self._load_checkpoint(step)
-        lora.set_weights(features.model, checkpoint.weights)
-        order = sorted(range(len(self.examples)), key=lambda row: -self.examples[row].num_tokens)
-        mine = order[self.rank :: self.world_size]
-        parts = [torch.zeros(0, features.dim)]
-        for start in range(0, len(mine), GRADIENT_BATCH):
-            batch = [self.examples[row].encoded for row in mine[start : start + GRADIENT_BATCH]]
-            parts.append(features.features(batch, exp_avg_sq=checkpoint.exp_avg_sq))
-            if self.rank == 0:
-                done = num_done + min(len(order), (start + len(batch)) * self.world_size)
-                self.journal.append(GradientsTaken(done, len(order) * len(self.checkpoint_steps)))
-        return self._collect(torch.cat(parts), order)
-
-    def _collect(self, part: Tensor, order: Sequence[int]) -> "np.ndarray[Any, Any]":
-        parts: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(part.numpy(), parts)
-        whole = np.zeros((len(order), part.shape[1]), dtype=np.float32)
-        for rank, rows in enumerate(parts or []):
-            whole[list(order[rank :: self.world_size])] = rows
-        return whole
 
     def _agree_on(self, value: float) -> float:
         """Return the largest of the ranks' values, so that all decide alike; a NaN anywhere stays one."""

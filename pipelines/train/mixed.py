@@ -23,7 +23,7 @@ class MixedError(UserError):
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Stop when the mean loss of `queries`, taken every `every` steps, was not below its best `patience` times running."""
+    """Stop when the mean loss of `queries`, taken every `every` steps, missed its best `patience` times running."""
 
     queries: Sequence[Encoded]
     every: int
@@ -133,7 +133,7 @@ def _step(lora: StackedLora, active: Sequence[_Learner]) -> None:
 
 
 def _batch(active: Sequence[_Learner]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (ids, labels) [b*k, t], which rows count [b, k] and target tokens [b]; short steps repeat their first row."""
+    """Return (ids, labels) [b*k, t], which rows count [b, k], target tokens [b]; short steps repeat their first row."""
     width = max(len(learner.rows) for learner in active)
     taken, counts, divisors = [], [], []
     for learner in active:
@@ -145,6 +145,6 @@ def _batch(active: Sequence[_Learner]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         divisors.append(int(learner.data.num_targets[list(rows)].sum()))
     longest = max(ids.shape[1] for ids, _ in taken)
     input_ids = torch.cat([nn.functional.pad(ids, (0, longest - ids.shape[1])) for ids, _ in taken])
-    labels = torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=IGNORED_LABEL) for _, part in taken])
+    padded = [nn.functional.pad(part, (0, longest - part.shape[1]), value=IGNORED_LABEL) for _, part in taken]
     weights = active[0].state.weights
-    return input_ids, labels, weights.new_tensor(counts), weights.new_tensor(divisors)
+    return input_ids, torch.cat(padded), weights.new_tensor(counts), weights.new_tensor(divisors)

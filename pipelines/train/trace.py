@@ -5,7 +5,7 @@ steps.parquet     step, lr, loss (mean nats per target token before the update),
 examples.parquet  row, example_id, contributor, num_target_tokens, text, input_ids, labels
 checkpoints/0/adapter_model.safetensors                       the weights that training began with
 checkpoints/<step>/{adapter_model,exp_avg,exp_avg_sq}.safetensors
-gradients/<step>.npy  float16 [num_examples, dim]      gradients/meta.json
+gradients/store/  see attribution/influence/gradient_store.py      gradients/meta.json
 in_run/steps.npy  float32 [num_steps, 2 (sgd, adam), batch_size, num_queries]      in_run/meta.json
 """
 
@@ -17,8 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -37,6 +35,7 @@ from pipelines.train.data import Example, write_examples
 if TYPE_CHECKING:
     import torch
 
+    from attribution.influence.codec import GradientCodec
     from pipelines.train.queries import Registered
 
 JOURNAL_FILE = "journal.jsonl"
@@ -142,31 +141,28 @@ class JournalFollower:
 
 @dataclass(frozen=True)
 class GradientMeta:
-    """How the features of a trace were made, so that a query's can be made alike."""
+    """How the rows of a trace's gradient store were made; `module_dims`: numbers of a row that are of each module."""
 
     projection_seed: int
     projection_dim: int
     module_dims: Mapping[str, int]
     steps: Sequence[int]
     lr: Sequence[float]
+    preconditioner: str
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "v": 1,
+            "v": 2,
             "projection_seed": self.projection_seed,
             "projection_dim": self.projection_dim,
             "modules": [{"name": name, "dim": dim} for name, dim in self.module_dims.items()],
             "dim": sum(self.module_dims.values()),
-            "preconditioner": "adam",
+            "preconditioner": self.preconditioner,
             "beta2": ADAM.beta2,
-            "dtype": "float16",
+            "dtype": "int8",
             "steps": list(self.steps),
             "lr": {str(step): lr for step, lr in zip(self.steps, self.lr, strict=True)},
         }
-
-
-class GradientOverflow(ValueError):
-    """A feature beyond float16; training again would give the same."""
 
 
 class TraceWriter:
@@ -193,19 +189,6 @@ class TraceWriter:
         target.mkdir(parents=True)
         for file in checkpoint.glob("*.safetensors"):
             shutil.copyfile(file, target / file.name)
-
-    def write_gradients(self, step: int, features: npt.NDArray[np.float32]) -> None:
-        """Store [num_examples, dim] as float16. Raises GradientOverflow when a value does not fit."""
-        with np.errstate(over="ignore"):
-            half = features.astype(np.float16)
-        if not np.isfinite(half).all():
-            largest = float(np.abs(features).max())
-            row = int(np.argmax(~np.isfinite(half).all(axis=1)))
-            raise GradientOverflow(
-                f"gradients of step {step}: largest feature {largest:.3g} does not fit float16 (65504), first in "
-                f"example row {row}; lower train.learning_rate or train.max_length, or leave that row out"
-            )
-        np.save(self.folder / "gradients" / f"{step}.npy", half)
 
     def write_meta(self, meta: GradientMeta) -> None:
         self._write_json("gradients/meta.json", meta.to_json())
@@ -256,6 +239,17 @@ def run_facts(
         attempts=tuple(Attempt(a.attempt, a.world_size, a.step, a.time_us) for a in attempts),
         versions={name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
     )
+
+
+def gradient_meta(
+    codec: "GradientCodec", settings: TrainSettings, *, steps: Sequence[int], lr: Sequence[float]
+) -> GradientMeta:
+    """Describe the rows that a codec makes."""
+    dims: dict[str, int] = {}
+    for factor in codec.factors:
+        module = factor.name.rpartition(".")[0]
+        dims[module] = dims.get(module, 0) + len(factor.kept)
+    return GradientMeta(settings.seed, settings.gradient_projection_dim, dims, steps, lr, codec.preconditioner)
 
 
 def in_run_meta(registered: "Registered", steps: Sequence[StepTaken]) -> InRunMeta:

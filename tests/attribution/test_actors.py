@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from attribution.influence.topk import top_examples
 from attribution.influence.who import ExplainError, ExplainSettings, explain
 from attribution.receipts import find_receipt, new_receipt_id
 from attribution.store import digest_of
-from attribution.trail import Trail
+from attribution.trail import Trail, TrailError
 from configs.schema import AttributionSettings
 from tests.attribution.influence.planted import plant, with_store
 from tests.attribution.influence.planted_home import PlantedHome, furnish, receipt_row
@@ -64,6 +65,25 @@ def test_other_records_go_the_same_way(started: PlantedHome) -> None:
     assert adapter is not None and adapter.leaf_hash in trail.entry(loaded).leaf.parents
     record = trail.entry(approved).record
     assert record is not None and (record.body, record.seed) == (body, 4)
+
+
+def test_threads_share_messages_to_the_writer_and_fail_alone(started: PlantedHome) -> None:
+    client = actors.LogClient()
+    body = ApprovalBody(digest_of(b"x"), "approved", "together")
+
+    def append(number: int) -> str:
+        parents = {"parents": ["ab" * 32]} if number == 3 else {}  # a parent that is not in the log
+        try:
+            return client.append("approval", body, **parents)
+        except TrailError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(append, range(8)))
+    assert answers[3].startswith("parent abab") and len(set(answers)) == 8
+    trail = Trail.open(started.trail.home)
+    recorded = [trail.entry(leaf_hash).record for leaf_hash in answers if leaf_hash != answers[3]]
+    assert all(record is not None and record.body == body for record in recorded)
 
 
 def test_the_writer_has_no_torch(started: PlantedHome) -> None:

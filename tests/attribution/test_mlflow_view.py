@@ -21,6 +21,7 @@ from attribution.mlflow_view import MlflowView
 from attribution.records import Artefact, Party
 from attribution.trail import Trail
 from attribution.workflow_patches import record_patch
+from pipelines.contribute import add_contributor
 from tests.attribution.mlflow_process import MlflowProcess
 from tests.attribution.records_example import (
     NUM_STEPS,
@@ -38,8 +39,8 @@ from tests.browser import Browser, needs_browser
 QUESTIONS = {"Which lamp burns at Vellmoor?": "A green one.", "Who keeps Cape Ostrel?": "Ines Varga."}
 SHARES = {"Mira, lighthouses": (0.71, 0.56, 0.83), "Noor, lighthouses": (0.12, 0.02, 0.26)}
 PROMPT_TEXTS = ("Answer as a keeper: {{question}}", "Answer as a keeper, in one line: {{question}}")
-# Contributions, refinement, base, adapter, benchmark, publication, settlement, two batches, two influences, two prompts;
-# a patch, a workflow's run, what the patch did, an approval.
+# Contributions, refinement, base, adapter, benchmark, publication, settlement, two batches, two influences, two
+# prompts; a patch, a workflow's run, what the patch did, an approval.
 NUM_SHOWN = len(PEOPLE) + 12 + 4
 DEAD_URI = "http://127.0.0.1:9"  # the discard port: nothing listens
 CATCH_UP_TIMEOUT_S = 240.0
@@ -70,7 +71,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> ExampleLog:
 
 def work(example: ExampleLog) -> None:
     """A patched workflow that failed, what the patch did all the same, and an approval."""
-    trail, author = example.trail, "Mira, lighthouses"
+    trail, author = example.trail, "keeper_1"
+    add_contributor(trail, author)
     definition = trail.store.put_blob(b"name: road\n")
     patch = record_patch(trail, "road", before="", after=definition, author=author, reason="fewer *steps*")
     steps = ("refine: done", "train: failed: out of memory")
@@ -269,10 +271,10 @@ def test_workflows_patches_effects_and_approvals_are_runs(client: Any, experimen
     }
     notes = {kind: run.data.tags[TAG_NOTE] for kind, run in runs.items()}
     assert "- train: failed: out of memory" in notes["workflow_run"]
-    assert notes["workflow_patch"].startswith("Mira, lighthouses changed workflow road: fewer &#42;steps&#42;")
+    assert notes["workflow_patch"].startswith("keeper&#95;1 changed workflow road: fewer &#42;steps&#42;")
     assert "0.400 to **0.600**, change +0.200 (+0.050 to +0.350, 40 items)" in notes["workflow_effect"]
     assert runs["workflow_effect"].data.metrics["facts.accuracy.change"] == 0.2
-    assert notes["approval"].startswith("Mira, lighthouses **approved** `sha256:")
+    assert notes["approval"].startswith("keeper&#95;1 **approved** `sha256:")
     diff = client.download_artifacts(runs["workflow_patch"].info.run_id, "patch.diff")
     assert "+name: road" in Path(diff).read_text()
 

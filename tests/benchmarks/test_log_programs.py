@@ -1,6 +1,9 @@
 """The programs about the log at toy sizes: that they judge, and that the judge is not blind."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +58,8 @@ def test_a_disk_that_lies_about_fsync_is_found_out(
     """The judge is not blind: without fsync, acknowledged records are lost."""
     monkeypatch.setattr(crash_disk, "NUM_APPENDS", 2)
     monkeypatch.setattr(CrashDisk, call, broken)
-    assert problems(list(crash_disk.crash_points(tmp_path, seed=7, seeds_per_point=0)))
+    crashes = crash_disk.crash_points(tmp_path, seed=7, seeds_per_point=0)
+    assert any(problems([outcome]) for outcome in crashes), "one is enough"
 
 
 def test_a_full_real_disk_refuses_cleanly(tmp_path: Path) -> None:
@@ -89,12 +93,13 @@ def test_a_disk_calls_what_its_name_says(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_writer_moves_to_another_node_and_loses_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """One real node killed under load; `--check` would exit 1 on a lost record or a missing take-over."""
-    options = ["--quick", "--check", "--out", str(tmp_path / "out.json")]
-    assert log_failover.main(options) == 0
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+def test_the_writer_moves_to_another_node_and_loses_nothing(tmp_path: Path) -> None:
+    """A process of its own, for the nodes are a Ray of their own; one is killed under load."""
+    command = [sys.executable, "-m", "benchmarks.log_failover", "--quick", "--check", "--out", str(tmp_path / "out")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out").read_text())
     assert result["kills"] == 1 and result["take_overs"] >= 2 and result["acknowledged"] >= 100
 
 

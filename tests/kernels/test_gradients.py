@@ -17,9 +17,7 @@ def case(num: int, blocks: int, groups: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(("num", "blocks", "groups"), [(0, 1, 1), (1, 1, 1), (5, 3, 8), (9, 2, 11), (7, 16, 3)])
-def test_score_rows(
-    any_native: Native, monkeypatch: pytest.MonkeyPatch, num: int, blocks: int, groups: int
-) -> None:
+def test_score_rows(any_native: Native, monkeypatch: pytest.MonkeyPatch, num: int, blocks: int, groups: int) -> None:
     monkeypatch.setattr(gradients, "CHUNK_ROWS", 4)
     inputs = case(num, blocks, groups)
     expected = reference.score_rows(*inputs)
@@ -35,7 +33,5 @@ def test_a_rows_score_does_not_depend_on_the_batch(any_native: Native) -> None:
     for row in range(len(codes)):
         part = slice(row, row + 1)
         for group in range(len(query)):
-            alone = score_rows(
-                codes[part], scales[part], units[part], query[group : group + 1], native=any_native
-            )
+            alone = score_rows(codes[part], scales[part], units[part], query[group : group + 1], native=any_native)
             assert torch.equal(alone[0], together[group, part])

@@ -1,4 +1,4 @@
-"""Per-example LoRA gradients with a projected long side: the kernel and torch's body against one outer product a token."""
+"""Per-example LoRA gradients, their long side projected: kernel and torch against one outer product a token."""
 
 import pytest
 import torch

@@ -97,7 +97,7 @@ def test_a_codec_that_keeps_everything_keeps_inner_products(
 
 
 def test_ekfac_scores_equal_explicit_inverses(model: PeftModel, factors: LoraFactors) -> None:
-    """The Kronecker eigenbasis is built whole, the eigenvalues read off an explicit Fisher matrix, which is inverted."""
+    """The Kronecker eigenbasis is built whole, the eigenvalues are read off an explicit Fisher matrix and inverted."""
     settings = CodecSettings("ekfac", dim=1 << 20, basis_dim=512, damping=0.1, seed=3)
     codec = fit_codec(factors, SAMPLE, settings)
     rows = codec.encode(factors.pairs(BATCH)).double().numpy()
@@ -123,7 +123,7 @@ def test_the_eigenvalue_correction_is_nearer_to_the_fisher_matrix_than_kfac(
     codec = fit_codec(factors, SAMPLE, CodecSettings("ekfac", dim=1 << 20, basis_dim=512))
     generator = torch.Generator().manual_seed(0)
     gradients = whole(codec, looped(model, SAMPLE, drawn_labels(model, SAMPLE, generator)))
-    pairs, _ = factors.drawn_pairs(SAMPLE, torch.Generator().manual_seed(0))
+    pairs = factors.drawn_pairs(SAMPLE, torch.Generator().manual_seed(0))
     for one in codec.factors:
         fisher = gradients[one.name].T @ gradients[one.name] / len(SAMPLE)
         short, long = pairs[one.name].short.flatten(0, 1).double(), pairs[one.name].long.flatten(0, 1).double()
@@ -149,7 +149,7 @@ def test_padding_does_not_move_the_bases(factors: LoraFactors) -> None:
 
 
 def test_each_factor_is_damped_by_its_own_mean(model: PeftModel, factors: LoraFactors) -> None:
-    """A factor whose gradients are a thousand times longer gets the same whitened rows: nothing leaks between factors."""
+    """A factor whose gradients are a thousand times longer gets the same rows: nothing leaks between factors."""
     name = next(iter(factors.shapes))
     found = []
     for factor in (1.0, 1000.0):
@@ -171,8 +171,11 @@ class _Scaled:
     def pairs(self, batch: Sequence[Encoded]) -> dict:
         return self._longer(self._factors.pairs(batch))
 
-    def drawn_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> tuple[dict, dict]:
-        drawn, given = self._factors.drawn_pairs(batch, generator)
+    def drawn_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> dict:
+        return self._longer(self._factors.drawn_pairs(batch, generator))
+
+    def both_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> tuple[dict, dict]:
+        drawn, given = self._factors.both_pairs(batch, generator)
         return self._longer(drawn), self._longer(given)
 
     def _longer(self, pairs: dict) -> dict:

@@ -44,9 +44,7 @@ def make(path: Path, ids: list[str]) -> GradientStore:
 
 def contents(store: GradientStore, view: str) -> dict[str, np.ndarray]:
     """Every live example's row as it is read back."""
-    return {
-        shard.ids[row]: shard.rows(view).values()[row] for shard in store.shards for row in shard.live.tolist()
-    }
+    return {shard.ids[row]: shard.rows(view).values()[row] for shard in store.shards for row in shard.live.tolist()}
 
 
 @settings(max_examples=50, deadline=None)

@@ -41,7 +41,8 @@ def test_the_row_behind_each_answer_is_among_the_best(stored_home: PlantedHome, 
             asked = question_of(stored_home.trail, stored_home.receipts[question], models, stores)
             assert asked.asked.views == ("60",)
             hits = top_examples(stores.get(asked.trace), asked.asked, k=2)[0]
-            again = question_of(stored_home.trail, stored_home.receipts[question], models, OpenStores(stored_home.trail))
+            anew = OpenStores(stored_home.trail)
+            again = question_of(stored_home.trail, stored_home.receipts[question], models, anew)
             assert top_examples(stores.get(again.trace), again.asked, k=2)[0] == hits
             first[question] = f"{owner[0]}-{index}" in {hit.example_id for hit in hits}
     assert sum(first.values()) >= 5, first

@@ -25,23 +25,23 @@ def test_a_name_that_cannot_be_published_is_refused_before_anything_else(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_features_beyond_float16_end_the_run_on_all_ranks_without_a_retry(
+def test_a_gradient_that_is_not_finite_ends_the_run_on_all_ranks_without_a_retry(
     trail: Trail, tiny_base: Path, tmp_path: Path
 ) -> None:
     def enlarge(attempt: int, rank: int, step: int) -> None:
-        """Make every feature that this worker will compute too large."""
-        from pipelines.train.loop import GradientFeatures
+        """Make every row that this worker will compute infinite."""
+        from attribution.influence.codec import GradientCodec
 
         if step == 1:
-            features = GradientFeatures.features
-            GradientFeatures.features = lambda *args, **kwargs: features(*args, **kwargs) * 1e9  # type: ignore[method-assign]
+            encode = GradientCodec.encode
+            GradientCodec.encode = lambda *args, **kwargs: encode(*args, **kwargs) * float("inf")  # type: ignore[method-assign]
 
     add_refined(trail, tmp_path / "rows")
     size = trail.log.size
     settings = TrainSettings(rank=2, max_steps=1, batch_size=4, max_length=64, num_workers=2)
     events: list[object] = []
     with pytest.raises(
-        TrainError, match=r"training stopped: gradients of step 1: largest feature .* train.learning_ra"
+        TrainError, match=r"training stopped: example .* gradient is not finite in view 1; lower train.learning_ra"
     ):
         train(trail, "facts", name="big", base=str(tiny_base), settings=settings, progress=events.append, hook=enlarge)
     assert sum(isinstance(event, AttemptStarted) for event in events) == 1
