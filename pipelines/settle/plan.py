@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from attribution.trail import Trail
 
 TOLERANCE = "0.0005"
-"""How far a cell measured again may lie from the recorded one: stacked runs round otherwise than single ones, and Adam
-turns rounding into movement."""
+"""How far a cell measured again may lie from the recorded one. On one machine with as many threads it has the same bits;
+another rounds otherwise, and Adam turns rounding into movement, so a cell that differs there is no proof of a lie."""
 
 
 @dataclass(frozen=True)
