@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from attribution.trail import Trail
 
 TOLERANCE = "0.0005"
-"""How far a cell measured again may lie from the recorded one. On one machine with as many threads it has the same bits;
+"""How far a cell measured again may lie from the recorded one. On one machine with as many threads the bits are equal;
 another rounds otherwise, and Adam turns rounding into movement, so a cell that differs there is no proof of a lie."""
 
 
