@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format gpu bench up down lock clean
+.PHONY: help setup demo test check format gpu bench peers up down lock clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -58,6 +58,14 @@ bench: setup ## quick form of every benchmark, held to its floor
 	@for file in $$(grep -l __main__ benchmarks/*.py); do name=$$(basename $$file .py); \
 		case $$name in gpu_check) continue;; esac; \
 		echo "== $$name"; $(BIN)/python -m benchmarks.$$name --quick --check; done
+
+peers: .peers/.installed ## other systems that benchmarks compare with, in a venv of their own (2 GB)
+
+.peers/.installed: benchmarks/peers-requirements.txt
+	@$(PYTHON) -m venv .peers
+	@.peers/bin/python -m pip install -qq $(filter torch==%,$(BUILD_PACKAGES))
+	@.peers/bin/python -m pip install -qq --no-deps --requirement benchmarks/peers-requirements.txt
+	@touch $@
 
 up: setup ## start Ray, MLflow and the API here
 	@$(BIN)/trailmark up $(ARGS)
