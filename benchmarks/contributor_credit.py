@@ -309,6 +309,7 @@ def plot(results: Sequence[SeedResult], file: Path) -> None:
     left.axhline(0.95, color="black", linewidth=0.8)
     left.set(xlabel="coalitions trained", ylabel="r with exact Banzhaf, contributor x query", xscale="log")
     left.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
+    left.minorticks_off()
     left.legend(fontsize=8)
     right.axhspan(0.85, 0.95, color="#54a24b", alpha=0.2)
     for part in ("cells", "means", "nested"):
@@ -316,6 +317,7 @@ def plot(results: Sequence[SeedResult], file: Path) -> None:
         right.plot(list(held), [getattr(one, part) for one in held.values()], marker="o", label=part)
     right.set(xlabel="coalitions trained", ylabel="90 % intervals that cover", xscale="log", ylim=(0.5, 1.02))
     right.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
+    right.minorticks_off()
     right.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
