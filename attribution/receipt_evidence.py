@@ -30,7 +30,7 @@ EXAMPLES_FILE = "examples.parquet"
 
 
 def trained_on(trail: "Trail", adapter: str) -> tuple[str, Trace] | None:
-    """Return (digest, trace) of an adapter's training as far as erasures left it; None without a trace.
+    """Return (digest, trace) of an adapter's training as far as erasures left it; None without one that lists its rows.
 
     Only the table of rows is verified, for the gradients may be many gigabytes. StoreError when it was altered.
     """
@@ -41,6 +41,8 @@ def trained_on(trail: "Trail", adapter: str) -> tuple[str, Trace] | None:
         return None
     folder = trail.store.get_directory(digest, verify=False)
     wanted = {file.path: file.sha256 for file in trail.store.manifest(digest).files}.get(EXAMPLES_FILE)
+    if wanted is None:
+        return None
     file = folder / EXAMPLES_FILE
     if not file.is_file() or sha256(file.read_bytes()).hexdigest() != wanted:
         raise StoreError(f"directory {digest}: {EXAMPLES_FILE} is missing or was altered")

@@ -165,14 +165,15 @@ class Session:
             proved.append(item)
         return proved
 
-    def finish(self, kind: str, facts: dict[str, Any]) -> Verified:
-        """Return the result, with the facts every file has."""
+    def finish(self, kind: str, facts: dict[str, Any], *, beside: "Session | None" = None) -> Verified:
+        """Return the result, with the facts every file has; `beside` verified a second file that goes with it."""
         assert self.checkpoint is not None, "a file holds at least one proof"
+        whose = {**({} if beside is None else beside._whose()), **self._whose()}
         common = {
             "log": self.checkpoint.origin,
             "tree_size": self.checkpoint.size,
             "root": self.checkpoint.root.hex(),
-            "keys": {str(self.log_key.key): "log", **dict(sorted(self._whose().items()))},
+            "keys": {str(self.log_key.key): "log", **dict(sorted(whose.items()))},
         }
         if self.cosigned is not None:
             common["witnesses"] = {

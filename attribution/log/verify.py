@@ -105,7 +105,8 @@ def _verify_receipt(session: Session, value: Mapping[str, Any], ancestry: Mappin
     session.checks.append(f"lineage: {len(lineage)} records, each joined to its parents by their leaf hashes")
     check_adapter(session, receipt, completions, lineage)
     check_base(session, receipt, lineage)
-    return session.finish("receipt", receipt_facts(receipt, completions, [*other.notices, *lineage]))
+    facts = receipt_facts(receipt, completions, [*other.notices, *lineage])
+    return session.finish("receipt", facts, beside=other)
 
 
 def _verify_ancestry(trust: Trust, value: Mapping[str, Any]) -> Verified:
