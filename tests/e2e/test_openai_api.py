@@ -308,15 +308,22 @@ def test_a_client_that_hangs_up_leaves_an_aborted_receipt(live: Live, streams: b
     }
     headers = {"Authorization": f"Bearer {live.secret}"}
     url = f"{live.url}/v1/chat/completions"
-    whole_s = httpx.post(url, json=body, headers=headers, timeout=TIMEOUT_S).elapsed.total_seconds()
+
+    def post(read_s: float) -> float:
+        timeout = httpx.Timeout(TIMEOUT_S, read=read_s)
+        return httpx.post(url, json=body, headers=headers, timeout=timeout).elapsed.total_seconds()
+
+    whole_s = post(TIMEOUT_S)
     before = {entry.leaf_hash for entry in live.trail.entries(kind="completions")}
     body["stream"] = streams
     if streams:
         with httpx.Client(timeout=TIMEOUT_S) as client, client.stream("POST", url, json=body, headers=headers) as got:
             next(got.iter_lines())
     else:
+        # On a busy machine one answer may take three times as long as the next: the patience follows the last one.
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url, json=body, headers=headers, timeout=httpx.Timeout(TIMEOUT_S, read=whole_s / 3))
+            for _ in range(5):
+                whole_s = post(whole_s / 3)
     receipts = wait_for(lambda: aborted_receipts(live, before, num_choices))
     assert all(receipt["completion_tokens"] < body["max_tokens"] for receipt in receipts)
     assert {receipt["tenant"] for receipt in receipts} == {"acme"}
