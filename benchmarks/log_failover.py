@@ -115,23 +115,38 @@ def run(home: Path, *, num_kills: int, between: int) -> Result:
         for _ in range(num_kills):
             callers.wait_for(between)
             nodes.append(cluster.add_node(resources={RESOURCE: 1}, **node))
+            attempt = _attempt(home)
             cluster.remove_node(nodes.pop(0), allow_graceful=False)
+            # A writer outlives its raylet by some moments, in which it may acknowledge hundreds.
+            _wait_for_take_over(home, after=attempt)
             callers.wait_for(between)
         callers.stop()
     finally:
         ray.shutdown()
         cluster.shutdown()
     log = Trail.open(home).log
-    claim = Fence(home / "log").read()
     return Result(
         kills=num_kills,
-        take_overs=0 if claim is None else claim.attempt,
+        take_overs=_attempt(home),
         acknowledged=len(callers.acknowledged),
         retries=callers.num_retries,
         lost=sum(log.index_of(leaf_hash) is None for leaf_hash in callers.acknowledged),
         damaged=len(fsck.check(home).damage),
         longest_pause_s=round(callers.longest_pause_s, 2),
     )
+
+
+def _attempt(home: Path) -> int:
+    claim = Fence(home / "log").read()
+    return 0 if claim is None else claim.attempt
+
+
+def _wait_for_take_over(home: Path, *, after: int) -> None:
+    deadline = time.monotonic() + 4 * CALL_TIMEOUT_S
+    while _attempt(home) <= after:
+        if time.monotonic() > deadline:
+            raise TimeoutError("no writer took the log over")
+        time.sleep(0.02)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
