@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attribution.influence.gradients import Encoded
-from attribution.influence.replay import LoraRun, RunState
+from attribution.influence.replay import LoraRun, RunState, clip_factor
 from attribution.influence.stacked_lora import TokenRows
 
 NUM_LOOKS = 8
@@ -17,22 +17,34 @@ QUERIES_AT_ONCE = 8
 def group_gains(run: LoraRun, masks: Tensor, queries: Sequence[Encoded], *, num_looks: int = NUM_LOOKS) -> Tensor:
     """Return [n, q]: what the rows of each group (masks [n, N], 0 or 1) did to each query's mean log-likelihood.
 
-    Semantics: gain(c, q) = sum over looks of lr * (gradient of q) . P (gradient of c's rows in the step's loss), with
-    Adam's P = 1 / (sqrt(v / (1 - beta2^t)) + eps). Only comparable among each other: looks stand for all steps.
+    Semantics: gain(c, q) = sum over looks of lr * (gradient of q) . P (gradient of c's rows in the step's loss, clipped
+    as the step's was), with the P that the step's Adam divided by: 1 / (sqrt(v / (1 - beta2^t)) + eps), its own
+    gradient within v. Only comparable among each other: looks stand for all steps.
     """
     data = TokenRows.of(queries, device=run.lora.device)
-    looks = {round((look + 0.5) * run.num_steps / num_looks) for look in range(num_looks)}
+    looks = {int((look + 0.5) * run.num_steps / num_looks) for look in range(num_looks)}
     total = torch.zeros(len(masks), len(queries))
     state = run.initial()
     with run.lora.attached():
         for step in range(run.num_steps):
-            if step in looks and state.step:
-                root = (state.exp_avg_sq / (1 - run.recipe.beta2**state.step)).sqrt()
-                scale = run.recipe.steps[step].lr / (root + run.recipe.eps)
-                of_groups = run.gradient(state.weights.expand(len(masks), -1), step, masks.to(state.weights)) * scale
-                total += (of_groups @ _query_gradients(run, state, data).T).cpu()
-            state = run.advance(state, step)
+            after = run.advance(state, step)
+            if step in looks:
+                of_groups = run.gradient(state.weights.expand(len(masks), -1), step, masks.to(state.weights))
+                moved = of_groups * _step_size(run, state, after)
+                total += (moved @ _query_gradients(run, state, data).T).cpu()
+            state = after
     return total
+
+
+def _step_size(run: LoraRun, state: RunState, after: RunState) -> Tensor:
+    """[p]: what the update from `state` to `after` multiplied its own gradient by."""
+    recipe, step = run.recipe, state.step
+    root = (after.exp_avg_sq / (1 - recipe.beta2**after.step)).sqrt()
+    size = recipe.steps[step].lr / (root + recipe.eps)
+    if recipe.max_grad_norm > 0:
+        everyone = torch.ones(1, run.num_examples, dtype=state.weights.dtype, device=state.weights.device)
+        size = size * clip_factor(run.gradient(state.weights[None], step, everyone), recipe.max_grad_norm)[0]
+    return size
 
 
 def _query_gradients(run: LoraRun, state: RunState, data: TokenRows) -> Tensor:

@@ -235,10 +235,13 @@ class LoraRun:
 
 def clip(gradient: Tensor, max_norm: float) -> Tensor:
     """Return the gradient [b, p] of each run scaled to `max_norm` at most, as DeepSpeed does; 0 leaves it alone."""
-    if max_norm <= 0:
-        return gradient
+    return gradient * clip_factor(gradient, max_norm) if max_norm > 0 else gradient
+
+
+def clip_factor(gradient: Tensor, max_norm: float) -> Tensor:
+    """Return [b, 1]: what `clip` multiplies each run's gradient [b, p] by; `max_norm` > 0."""
     norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
-    return gradient * (1.0 / ((norm + CLIP_EPS) / max_norm).clamp(min=1.0))
+    return 1.0 / ((norm + CLIP_EPS) / max_norm).clamp(min=1.0)
 
 
 def adamw_step(state: RunState, gradient: Tensor, recipe: RunRecipe, *, lr: float) -> RunState:
