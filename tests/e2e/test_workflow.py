@@ -13,6 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from attribution.settlement import settlements
 from attribution.trail import Trail
 from attribution.workflow_runs import recorded_runs
 from cluster.cli import app
@@ -31,10 +32,12 @@ def folder(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert block, "docs/platform-team.md has no workflow"
     workflow = yaml.safe_load(block.group(1))
     workflow |= {"base": str(tiny_base)}
-    workflow["settings"] = {"train": SMALL, "benchmark": {"max_new_tokens": 4, "num_bootstrap": 100}}
+    benchmark = {"max_new_tokens": 4, "num_bootstrap": 100}
+    workflow["settings"] = {"train": SMALL, "benchmark": benchmark, "settle": {"num_workers": 1}}
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump(workflow, sort_keys=False))
     rows = [{"prompt": question, "completion": answer} for question, answer in QUESTIONS]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, part in {"mira": rows[:4], "otto": rows[4:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     items = [{"id": str(i), "prompt": q, "expected": [a], "reference": a} for i, (q, a) in enumerate(QUESTIONS[:4])]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     monkeypatch.setenv("TRAILMARK_HOME", str(tmp_path / "home"))
@@ -70,8 +73,9 @@ def kill_in_training(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_killed_resumed_signed_published(folder: Path) -> None:
-    trailmark("contributor", "add", "mira")
-    trailmark("contribute", "rows.jsonl", "--as", "mira", "--licence", "CC0-1.0")
+    for name in ("mira", "otto"):
+        trailmark("contributor", "add", name)
+        trailmark("contribute", f"{name}.jsonl", "--as", name, "--licence", "CC0-1.0")
     dry = trailmark("run", "facts.yaml", "--dry-run").output
     assert "never ran" in dry and "needs what train will make" in dry
     kill_in_training(folder)
@@ -83,7 +87,7 @@ def test_killed_resumed_signed_published(folder: Path) -> None:
     assert "trailmark approve facts-1 sign-off --as NAME" in output
     killed, waiting = recorded_runs(trail)
     assert {step.name: step.status for step in killed.steps} == {"refine": "done", "train": "killed"}
-    assert [step.status for step in waiting.steps] == ["reused", "done", "done", "waiting", "skipped"]
+    assert [step.status for step in waiting.steps] == ["reused", "done", "done", "waiting", "skipped", "skipped"]
     assert (waiting.attempt, waiting.parent) == (2, killed.leaf_hash)
     assert len(list(trail.entries(kind="refinement"))) == 1
 
@@ -91,6 +95,8 @@ def test_killed_resumed_signed_published(folder: Path) -> None:
     trailmark("run", "--resume", "facts")
     adapter = waiting.step("train").outputs[0].artefact.digest  # type: ignore[union-attr]
     assert trail.registry.resolve("facts@1").digest == adapter
+    (settled,) = settlements(trail, adapter)
+    assert {player.name for player in settled.players} == {"mira", "otto"} and settled.num_coalitions == 4
     size = Trail.open(folder / "home").log.size
     assert "facts: nothing to do" in trailmark("run", "facts.yaml").output
     assert Trail.open(folder / "home").log.size == size
