@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from attribution import erasure
-from attribution.bodies import AdapterBody, BaseModelBody, PublicationBody, RowRedactionBody
+from attribution.bodies import AdapterBody, ApprovalBody, BaseModelBody, PublicationBody, RowRedactionBody
 from attribution.erasure import ErasureError, finish_erasures, remaining
 from attribution.lineage import Lineage, label_of, record_bundle
+from attribution.lineage_layout import UnknownThing
+from attribution.lineage_queries import LineageQueries
 from attribution.log.trust import Trust
 from attribution.log.verify import Verified, verify_bytes
 from attribution.private_records import SUFFIX, read_lines
@@ -166,6 +168,23 @@ def test_what_is_left_can_be_refined_and_trained_on_again(world: World) -> None:
         inputs=[Artefact("refined", "facts", left.digest)],  # type: ignore[union-attr]
     )
     assert retrained.leaf.parents == (redaction.leaf_hash,)
+
+
+def test_rows_beside_an_erased_one_keep_their_impact(world: World) -> None:
+    trail, secret = world.trail, world.secret_id()
+    refined = load_refined(trail, world.refinement.record.outputs[0].digest)  # type: ignore[union-attr]
+    ids = [row["example_id"] for row in refined.to_pylist()]
+    queries = LineageQueries.of(trail)
+    before = {row: [item.leaf_hash for item in queries.impact(row).items] for row in ids}
+    assert world.adapter.leaf_hash in before[secret]
+    erase(trail, plan(trail, secret), reason="x")
+    trail.record("approval", ApprovalBody("sha256:" + "ab" * 32, "approved", ""))  # the index goes on from where it was
+    for asked in (queries, LineageQueries.of(Trail.open(trail.home))):
+        with pytest.raises(UnknownThing, match="no record, name, digest, receipt or row"):
+            asked.resolve(secret)
+        assert {row: [item.leaf_hash for item in asked.impact(row).items] for row in ids if row != secret} == {
+            row: leaves for row, leaves in before.items() if row != secret
+        }
 
 
 def test_a_contribution_takes_its_rows_along(world: World) -> None:
