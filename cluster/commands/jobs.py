@@ -1,4 +1,4 @@
-"""`trailmark job`: refine, train, benchmark and run in the cluster, outliving the terminal."""
+"""`trailmark job`: refine, train, benchmark, settle and run in the cluster, outliving the terminal."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ JobArgument = Annotated[str, typer.Argument(metavar="ID", help="The job's id, or
 
 def register(app: typer.Typer) -> None:
     """Add `job submit`, `logs`, `stop` and `list`."""
-    group = typer.Typer(help="Run refine, train, benchmark and workflows in the cluster.", no_args_is_help=True)
+    group = typer.Typer(help="Run refine, train, benchmark, settle and workflows in the cluster.", no_args_is_help=True)
     group.command("submit", context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(submit)
     group.command("logs")(logs)
     group.command("stop")(stop)
@@ -19,12 +19,16 @@ def register(app: typer.Typer) -> None:
 
 def submit(
     context: typer.Context,
-    command: Annotated[str, typer.Argument(help="refine, train, benchmark or run; its own arguments follow.")],
+    command: Annotated[str, typer.Argument(help="refine, train, benchmark, settle or run; its own arguments follow.")],
 ) -> None:
     """Start `trailmark COMMAND ...` in the cluster and print its id."""
     from cluster import jobs
     from configs import env
 
+    if command in jobs.JOB_COMMANDS and {"--help", "-h"} & set(context.args):
+        root = context.find_root().command
+        root.main([command, "--help"], prog_name="trailmark", standalone_mode=False)
+        return
     job_id = jobs.submit(env.home(), [command, *context.args])
     typer.echo(job_id)
     typer.secho(f"follow it with: trailmark job logs {job_id} --follow", err=True)

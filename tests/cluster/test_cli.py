@@ -57,6 +57,11 @@ def test_a_job_must_be_one_for_the_cluster(tmp_path: Path) -> None:
     assert "choose from refine, train, benchmark" in done.stderr
 
 
+def test_a_jobs_help_is_its_commands_and_submits_nothing(tmp_path: Path) -> None:
+    done = trailmark("job", "submit", "settle", "--help", home=tmp_path)
+    assert done.returncode == 0 and "trailmark settle [OPTIONS]" in done.stdout and "--over" in done.stdout
+
+
 def test_nothing_up_is_said_plainly(tmp_path: Path) -> None:
     assert trailmark("status", home=tmp_path).returncode == 1
     done = trailmark("down", home=tmp_path)
