@@ -126,8 +126,9 @@ def settle(
     )
     task = task_of(trail, subject, game, plan, items=items)
     tell = progress or _ignore
+    most = min(settings.budget + 1, 2 ** len(game.players))  # the empty coalition costs nothing
     with _Pool(task, settings) as pool:
-        retrains = Retrains(trail, game, plan, pool, tell=tell, budget=settings.budget)
+        retrains = Retrains(trail, game, plan, pool, tell=tell, most=most)
         tell(retrains.announce(settings))
         if dry_run:
             return None
@@ -147,10 +148,10 @@ class Retrains:
     """The utility that `measure_credit` asks: coalitions from the cache, the others from the pool."""
 
     def __init__(
-        self, trail: "Trail", game: Game, plan: SettlePlan, pool: "_Pool", *, tell: Progress, budget: int
+        self, trail: "Trail", game: Game, plan: SettlePlan, pool: "_Pool", *, tell: Progress, most: int
     ) -> None:
         self._cells = Cells(trail.home, game, _setting(plan))
-        self._game, self._pool, self._tell, self._budget = game, pool, tell, budget
+        self._game, self._pool, self._tell, self._most = game, pool, tell, most
         self.measured: dict[bytes, Measured] = {}
         self.num_reused = 0
 
@@ -161,14 +162,14 @@ class Retrains:
         found = {digest: cell for digest in digests if (cell := self._cells.get(digest)) is not None}
         missing = {digest: row for digest, row in zip(digests, chosen, strict=True) if digest not in found}
         self.num_reused += sum(digest in found for digest in digests)
-        self._tell(Measuring(len(self.measured) + len(found), self._budget))
+        self._tell(Measuring(len(self.measured) + len(found), self._most))
         if missing:
             names = list(missing)
             for places, measured in self._pool.measure(np.stack(list(missing.values()))):
                 for place, cell in zip(places, measured, strict=True):
                     self._cells.put(names[place], cell)
                     found[names[place]] = cell
-                self._tell(Measuring(len(self.measured) + len(found), self._budget))
+                self._tell(Measuring(len(self.measured) + len(found), self._most))
         self.measured.update({row.tobytes(): found[name] for row, name in zip(coalitions, digests, strict=True)})
         return np.array([found[digest].utilities for digest in digests], dtype=np.float64)
 

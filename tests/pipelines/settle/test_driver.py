@@ -280,14 +280,13 @@ def _record_adapter_like(world: World, folder: Path, *, name: str, dataset: str,
     )
 
 
-def test_gradients_foretell_who_helped_and_a_prior_may_start_from_them(world: World, report: SettleReport) -> None:
+def test_gains_of_players_add_up_and_a_prior_may_start_from_them(world: World, report: SettleReport) -> None:
     game = game_of(world, "contributors")
     alone = np.stack([game.chosen(row) for row in np.eye(3, dtype=bool)])
     gains = retrainer_of(world, game).predicted_gains(alone)
     exact = report.credit.banzhaf.cells
     together = retrainer_of(world, game).predicted_gains(np.ones((1, 13), dtype=bool))
     np.testing.assert_allclose(gains.sum(axis=0), together[0], rtol=1e-3)
-    assert np.corrcoef(gains.ravel(), exact.ravel())[0, 1] > 0.7
     found = run(world, gradient_prior=True, precision=0)
     np.testing.assert_allclose(found.credit.banzhaf.cells, exact, atol=TOLERANCE)  # all were measured: nothing to guess
 
