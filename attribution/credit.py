@@ -4,6 +4,7 @@ The utility is injected: a callable that trains coalitions again, or a table of 
 cluster or log. Shape legend: n players, b coalitions measured at once, m in all, q items; higher utility is better.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -84,6 +85,14 @@ def least_budget(num_players: int) -> int:
     """Return the retrains without which nothing can be said of so many players."""
     all_but_empty = 2**num_players - 1
     return min(all_but_empty, 1 + min(num_players, 2) + 2 * MIN_PAIRS)
+
+
+def least_items(num_players: int, confidence: float) -> int:
+    """Return the items below which no player can be told from nothing, were its effect of one sign on all of them.
+
+    The sign-flip test over q items cannot go below 2^(1 - q), which Holm multiplies by the number of players.
+    """
+    return max(MIN_ITEMS, math.floor(math.log2(num_players / (1 - confidence))) + 2)
 
 
 def num_near_full(num_players: int, budget: int) -> int:

@@ -301,7 +301,7 @@ def _summed(
         verdict = NO_EFFECT if not spread.is_distinct else ("helped" if spread.value > 0 else "hindered")
         yield Finding(
             item.name,
-            f"mean {what} of {adapter.label} over {len(recorded)} {tier}ed answers",
+            f"mean {what} of {adapter.label} over {_answers(len(recorded), tier)}",
             spread.value,
             spread.low,
             spread.high,
@@ -323,12 +323,16 @@ def _kept_finding(item: Contribution, adapter: MeasuredAdapter, refinement: str)
     )
 
 
+def _answers(count: int, tier: str) -> str:
+    return f"{count} {tier}ed answer{'' if count == 1 else 's'}"
+
+
 def _dataset_summary(findings: Sequence[Finding], num_answers: int) -> str:
     scored = [finding for finding in findings if finding.tier == "explain" and finding.unit == "nats per answer"]
     if not scored:
         return "rows are counted, but no explained answer says which dataset mattered"
     helped = [finding.subject for finding in scored if finding.verdict == "helped"]
-    return f"over {num_answers} explained answers these datasets helped: {', '.join(helped) or 'none measurably'}"
+    return f"over {_answers(num_answers, 'explain')} these datasets helped: {', '.join(helped) or 'none measurably'}"
 
 
 def _served_findings(item: Served, found: Sequence[Served], adapters: dict[str, MeasuredAdapter]) -> Iterator[Finding]:

@@ -87,11 +87,12 @@ def scatter(points: Sequence[dict[str, Any]]) -> str:
     ticks = "".join(_tick(value, place(value)) for value in (low + 0.05 * span, low + 0.5 * span, low + 0.95 * span))
     inner = SIDE - 2 * PAD
     return (
-        f'<svg class="scatter" viewBox="0 0 {SIDE} {SIDE}" role="img" aria-label="Measured over predicted utility">'
+        f'<svg class="scatter" viewBox="0 {PAD - 24} {SIDE} {SIDE - PAD + 24}" role="img" '
+        'aria-label="Measured over predicted utility">'
         f'<rect class="frame" x="{PAD}" y="{PAD}" width="{inner}" height="{inner}"/>'
         f'<line class="diagonal" x1="{PAD}" y1="{SIDE - PAD}" x2="{SIDE - PAD}" y2="{PAD}"/>{ticks}{dots}'
         f'<text x="{SIDE / 2}" y="{SIDE - 8}" text-anchor="middle">predicted by the players\' values</text>'
-        f'<text x="12" y="{SIDE / 2}" text-anchor="middle" transform="rotate(-90 12 {SIDE / 2})">measured</text></svg>'
+        f'<text x="{PAD}" y="{PAD - 10}">measured</text></svg>'
     )
 
 

@@ -53,9 +53,14 @@ def budget_line(budget: "Budget") -> str:
     count = len(budget.game.players)
     reused = f", {budget.num_reused} of them measured already" if budget.num_reused else ""
     every = f" (all {budget.num_all} coalitions)" if budget.num_retrains == budget.num_all else ""
+    few = (
+        f"\nsuite: {budget.num_items} items cannot tell any of {count} parts from nothing; {budget.least_items} could"
+        if budget.num_items < budget.least_items
+        else ""
+    )
     return (
         f"{count} {budget.game.over}: at most {budget.num_retrains} retrains{every}{reused}, "
-        f"{budget.seconds_each:.2f} s each, {budget.num_workers} at once: about {_duration(budget.seconds)}"
+        f"{budget.seconds_each:.2f} s each, {budget.num_workers} at once: about {_duration(budget.seconds)}{few}"
     )
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 
 from attribution.coalitions import Coalitions
-from attribution.credit import Credit, Search, measure_credit, require_measurable
+from attribution.credit import Credit, Search, least_items, measure_credit, require_measurable
 from attribution.estimates import Array
 from attribution.settlement import SettledPlayer, Settlement, record_settlement
 from configs.errors import UserError
@@ -41,7 +41,8 @@ NUM_RESTARTS = 3
 class Budget:
     """What a settlement is about to cost; told before the first coalition but the full one, by which time is measured.
 
-    `num_reused`: coalitions of this game that are measured already. `seconds_each` of one process.
+    `num_reused`: coalitions of this game that are measured already. `seconds_each` of one process. `least_items`: with
+    fewer the verdict on every player is "no measurable effect".
     """
 
     game: Game
@@ -50,6 +51,8 @@ class Budget:
     num_reused: int
     seconds_each: float
     num_workers: int
+    num_items: int
+    least_items: int
 
     @property
     def seconds(self) -> float:
@@ -187,6 +190,8 @@ class Retrains:
             num_reused=num_reused,
             seconds_each=cell.seconds,
             num_workers=settings.num_workers,
+            num_items=len(cell.utilities),
+            least_items=least_items(num_players, settings.confidence),
         )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attribution.coalitions import PairDesign, near_full
-from attribution.credit import Credit, CreditError, Search, least_budget, measure_credit
+from attribution.credit import Credit, CreditError, Search, least_budget, least_items, measure_credit
 from attribution.evidence import NO_EFFECT
 from attribution.exact_values import (
     all_coalitions,
@@ -243,3 +243,13 @@ def test_holm_and_sign_flips_against_their_definitions() -> None:
     assert sign_flip_p(few, seed=0).tolist() == pytest.approx([2 / 8, 1.0, 1.0])
     many = sign_flip_p(np.stack([np.ones(40), np.tile([1.0, -1.0], 20)]), seed=0)
     assert 0 < many[0] < 1e-3 and many[1] == 1.0
+
+
+@pytest.mark.parametrize(("num_players", "confidence"), [(1, 0.9), (3, 0.9), (8, 0.95), (10, 0.5)])
+def test_fewer_items_than_least_tell_nobody_from_nothing(num_players: int, confidence: float) -> None:
+    def least_p(num_items: int) -> float:
+        alone = sign_flip_p(np.ones((1, num_items)), seed=0)
+        return float(holm(np.concatenate([alone, np.ones(num_players - 1)]))[0])
+
+    least = least_items(num_players, confidence)
+    assert least_p(least) < 1 - confidence <= least_p(least - 1)

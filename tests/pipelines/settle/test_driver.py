@@ -292,7 +292,7 @@ def test_gains_of_players_add_up_and_a_prior_may_start_from_them(world: World, r
 
 
 def test_the_command_prints_cost_first_and_a_verdict_each(
-    world: World, report: SettleReport, monkeypatch: pytest.MonkeyPatch
+    world: World, report: SettleReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import typer
     from typer.testing import CliRunner
@@ -307,7 +307,11 @@ def test_the_command_prints_cost_first_and_a_verdict_each(
     dry = CliRunner().invoke(app, [*asked, "--dry-run"])
     assert dry.exit_code == 0, dry.output
     assert "3 contributors: at most 7 retrains (all 7 coalitions), 1 of them measured already" in dry.output
-    assert "verdict" not in dry.output
+    assert "verdict" not in dry.output and "from nothing" not in dry.output
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(world.suite.read_text(encoding="utf-8").splitlines(keepends=True)[:4]))
+    short = CliRunner().invoke(app, ["facts", "--suite", str(few), "--dry-run"])
+    assert "4 items cannot tell any of 3 parts from nothing; 6 could" in short.output
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.output
     assert done.output.index("at most 7 retrains") < done.output.index("verdict")
