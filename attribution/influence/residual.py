@@ -76,9 +76,9 @@ def _sample(shards: Sequence["Shard"], views: Sequence[str]) -> NDArray[np.float
 
 
 def _summed(shard: "Shard", rows: NDArray[np.int64], views: Sequence[str]) -> NDArray[np.float32]:
-    parts = [
-        shard.rows(view).take(rows).values()
-        * (shard.weights[rows, column] / np.maximum(shard.lengths(view)[rows], TINY))[:, None]
-        for column, view in enumerate(views)
-    ]
-    return np.sum(parts, axis=0, dtype=np.float32)
+    total = np.zeros((len(rows), shard.rows(views[0]).codes.shape[1]), np.float32)
+    for column, view in enumerate(views):
+        part = shard.rows(view).take(rows).values()
+        part *= (shard.weights[rows, column] / np.maximum(shard.lengths(view)[rows], TINY))[:, None]
+        total += part
+    return total
