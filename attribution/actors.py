@@ -200,20 +200,11 @@ class Scorer:
         shards = self._stores.get(trace).shards
         return [shard.name for shard in shards], [shard.name for shard in shards if shard.is_here]
 
-    def exposure_sums(self, question: "Question", shards: Sequence[str]) -> dict[str, list[float]]:
-        """Return what each asked view stands for, summed over the examples of each of some shards."""
-        from attribution.influence.topk import exposure_sums
+    def best(self, question: "Question", shards: Sequence[str], k: int) -> "tuple[tuple[Hit, ...], ...]":
+        """Return the k best examples among some of this home's shards, for each query."""
+        from attribution.influence.topk import top_examples
 
-        return exposure_sums(self._stores.get(question.trace), question.asked.views, shards=shards)
-
-    def best(
-        self, question: "Question", shards: Sequence[str], sums: Mapping[str, Sequence[float]], k: int
-    ) -> "tuple[tuple[Hit, ...], ...]":
-        """Return the k best examples among some of this home's shards, for each query; `sums` are of all shards."""
-        from attribution.influence.topk import exposure_totals, top_examples
-
-        store = self._stores.get(question.trace)
-        return top_examples(store, question.asked, k=k, shards=shards, totals=exposure_totals(sums))
+        return top_examples(self._stores.get(question.trace), question.asked, k=k, shards=shards)
 
 
 def start(home: Path | str, settings: "AttributionSettings") -> None:
@@ -302,9 +293,7 @@ def top_examples_over(scorers: Sequence[Any], receipt_id: str, *, k: int) -> "tu
     owned = _dealt(_ask([scorer.shards.remote(question.trace) for scorer in scorers]))
     asked = ray.put(question)
     busy = [(scorer, shards) for scorer, shards in zip(scorers, owned, strict=True) if shards]
-    parts = _ask([scorer.exposure_sums.remote(asked, shards) for scorer, shards in busy])
-    sums = {name: values for part in parts for name, values in part.items()}
-    found = _ask([scorer.best.remote(asked, shards, sums, k) for scorer, shards in busy])
+    found = _ask([scorer.best.remote(asked, shards, k) for scorer, shards in busy])
     return merge((part[0] for part in found), k=k)
 
 

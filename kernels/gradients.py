@@ -33,7 +33,11 @@ def lora_gradient(short_NTR: Tensor, long_NTL: Tensor, basis_LB: Tensor) -> Tens
 
 
 def lora_gradient_torch(short_NTR: Tensor, long_NTL: Tensor, basis_LB: Tensor) -> Tensor:
-    """Semantics: as `lora_gradient`, by two batched products; the projected tokens [N, T, B] are written between."""
+    """Semantics: as `lora_gradient`, by two products in the order that has fewer multiplications; between them the
+    gradients [N, R, L] or the projected tokens [N, T, B] are written."""
+    tokens, rank, width = long_NTL.shape[1], short_NTR.shape[2], basis_LB.shape[1]
+    if rank * (tokens + width) <= tokens * width:
+        return torch.bmm(short_NTR.float().mT, long_NTL.float()) @ basis_LB
     return torch.bmm(short_NTR.float().mT, long_NTL.float() @ basis_LB)
 
 

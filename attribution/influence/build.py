@@ -18,11 +18,6 @@ from attribution.influence.gradient_store import GradientStore
 from attribution.influence.rows import STORE_FOLDER
 from attribution.influence.store import Trace
 
-ENCODE_TOKENS = 512
-"""Padded tokens per forward and backward of the encoding pass, and at most `ENCODE_ROWS` examples. A token of a
-135M model costs 3 MB of activations and gradients: 4096 of them took 11 GB in each of two workers."""
-ENCODE_ROWS = 64
-
 
 @dataclass(frozen=True)
 class View:
@@ -66,6 +61,8 @@ def build_store(
             view.enter()
             for rows, values in encode(factors, codec, encoded, exp_avg_sq=view.exp_avg_sq):
                 addition.put(view.name, rows, values.numpy())
+    if settings.preconditioner != "adam":
+        store.fit_residual()
     return store
 
 
@@ -137,17 +134,6 @@ def encode(
     """Yield (rows of `examples`, their float32 [rows, d] on the CPU), longest examples first, each row once."""
     device = next(factors.model.parameters()).device
     codec = codec.to(device)
-    for rows in length_batches(examples):
+    for rows in factors.batches(examples):
         with torch.no_grad():
             yield rows, codec.encode(factors.pairs([examples[row] for row in rows]), exp_avg_sq=exp_avg_sq).cpu()
-
-
-def length_batches(examples: Sequence[Encoded]) -> Iterator[list[int]]:
-    """Yield rows in batches of like length, at most `ENCODE_TOKENS` padded tokens each where one example allows it."""
-    order = sorted(range(len(examples)), key=lambda row: -len(examples[row][0]))
-    start = 0
-    while start < len(order):
-        longest = len(examples[order[start]][0])
-        stop = start + max(1, min(ENCODE_ROWS, ENCODE_TOKENS // max(1, longest)))
-        yield order[start:stop]
-        start = stop

@@ -4,14 +4,16 @@ Shape legend: n examples, t token positions, r rank, l long side, a <= r and b <
 row. A factor's gradient G [r, l] is its short side first (see `FactorPair`).
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attribution.influence.factors import FactorPair
 from attribution.influence.gradients import adam_scale, scale_of
@@ -30,13 +32,11 @@ class FactorCodec:
     weight: Tensor  # [a, b]
     kept: Tensor  # int64 [k], positions in the flattened [a, b]
 
-    def encode(self, pair: FactorPair, scale: Mapping[str, Tensor] | None) -> Tensor:
-        """Return float32 [n, k]: (short_basis^T (G * scale) long_basis * weight)[kept]."""
+    def turned(self, pair: FactorPair, scale: Mapping[str, Tensor] | None) -> Tensor:
+        """Return float32 [n, a, b]: short_basis^T (G * scale) long_basis."""
         if scale is None:
-            turned = self.short_basis.mT @ lora_gradient(pair.short, pair.long, self.long_basis)
-        else:
-            turned = self.short_basis.mT @ (pair.gradient() * scale_of(scale, self.name, pair.long)) @ self.long_basis
-        return (turned * self.weight).flatten(1)[:, self.kept]
+            return lora_gradient(pair.short.float() @ self.short_basis, pair.long, self.long_basis)
+        return self.short_basis.mT @ (pair.gradient() * scale_of(scale, self.name, pair.long)) @ self.long_basis
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,19 @@ class GradientCodec:
         if list(pairs) != [factor.name for factor in self.factors]:
             raise ValueError("the gradients are of other modules than the codec's; they belong to another adapter")
         scale = adam_scale(exp_avg_sq) if self.preconditioner == "adam" else None
-        parts = [factor.encode(pairs[factor.name], scale) for factor in self.factors]
-        columns = torch.cat(parts, dim=1)
-        row = columns.new_zeros(len(columns), self.dim)
-        num_used = int((self.order >= 0).sum())
-        row[:, :num_used] = columns[:, self.order[:num_used]]
-        return row
+        turned = torch.cat([one.turned(pairs[one.name], scale).flatten(1) for one in self.factors], dim=1)
+        places, weights = self._columns
+        row = turned.index_select(1, places).mul_(weights)
+        return row if len(places) == self.dim else nn.functional.pad(row, (0, self.dim - len(places)))
+
+    @cached_property
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """Return where each column of a row stands among all factors' coordinates, and its weight."""
+        starts = itertools.accumulate((one.weight.numel() for one in self.factors), initial=0)
+        places = torch.cat([one.kept + start for one, start in zip(self.factors, starts, strict=False)])
+        weights = torch.cat([one.weight.flatten()[one.kept] for one in self.factors])
+        order = self.order[self.order >= 0]
+        return places[order], weights[order]
 
     def to(self, device: torch.device | str) -> "GradientCodec":
         """Return the codec with its tensors on `device`."""

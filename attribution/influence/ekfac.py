@@ -20,8 +20,6 @@ from attribution.influence.encode import IGNORED_LABEL
 from attribution.influence.factors import Encoded, FactorPair, LoraFactors
 from attribution.influence.gradients import adam_scale, scale_of
 
-FIT_BATCH = 8
-"""Examples per forward and backward of the fit."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -82,7 +80,7 @@ class CodecFit:
         second moments E[G G^T] and E[G^T G] (a truncated higher-order SVD): there is no Fisher matrix to follow.
         """
         scale = self._scale(sample, exp_avg_sq)
-        for batch in _batches(sample[: len(sample) // 2] or sample):
+        for batch in self._batches(sample[: len(sample) // 2] or sample):
             is_reached = _is_reached(batch)
             for name, pair in self._deciding_pairs(batch).items():
                 short, long = self._basis_rows(name, pair, scale, is_reached=is_reached.to(pair.short.device))
@@ -97,13 +95,14 @@ class CodecFit:
         scale, adam = self._scale(sample, exp_avg_sq), adam_scale(exp_avg_sq)
         if not self._sums:
             self.settle_bases()
-        for batch in _batches(sample[len(sample) // 2 :]):
+        for batch in self._batches(sample[len(sample) // 2 :]):
             drawn, given = self._both_pairs(batch)
             for name, sums in self._sums.items():
+                gradient = given[name].gradient()
                 sums.add(
                     _scaled(drawn[name].gradient(), scale, name),
-                    _scaled(given[name].gradient(), scale, name),
-                    _scaled(given[name].gradient(), adam, name),
+                    _scaled(gradient, scale, name),
+                    _scaled(gradient, adam, name),
                 )
 
     def settle_bases(self) -> list[Tensor]:
@@ -139,6 +138,10 @@ class CodecFit:
             return fitted
         gain = (wanted / max(sum(float(energy.sum()) for energy in energies), _TINY)) ** 0.5
         return [replace(one, weight=one.weight * gain) for one in fitted]
+
+    def _batches(self, sample: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
+        for rows in self.factors.batches(sample):
+            yield [sample[row] for row in rows]
 
     def _deciding_pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
         """Return the pairs of the targets that the preconditioner rests on."""
@@ -211,11 +214,6 @@ def _is_reached(batch: Sequence[Encoded]) -> Tensor:
         max((place for place, label in enumerate(labels) if label != IGNORED_LABEL), default=0) for _, labels in batch
     ]
     return torch.arange(longest) < torch.tensor(ends)[:, None]
-
-
-def _batches(sample: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
-    for start in range(0, len(sample), FIT_BATCH):
-        yield sample[start : start + FIT_BATCH]
 
 
 class _Sketch:

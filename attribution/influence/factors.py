@@ -7,6 +7,7 @@ B), v vocabulary.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from attribution.influence.store import TraceError
 
 Encoded = tuple[Sequence[int], Sequence[int]]
 """(input ids, labels) of one example, as `encode_example` returns them."""
+BATCH_BYTES = 1_500_000_000
+"""Activations and gradients that a forward and backward may hold: little, for workers share a machine. A token
+takes about 8 bytes per input and output of the model's linear layers: 3 MB of a 135M model, measured."""
+MAX_BATCH_TOKENS, MAX_BATCH_ROWS = 4096, 64
+"""More made nothing faster: 64 rows of a model of 99,000 weights cost the same in one batch as in more of them."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,27 @@ class LoraFactors:
             for side, linear in (("A", module.lora_a), ("B", module.lora_b))
         }
 
+    @cached_property
+    def batch_tokens(self) -> int:
+        """How many padded tokens of this model fit `BATCH_BYTES`."""
+        linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        bytes_per_token = 8 * sum(linear.in_features + linear.out_features for linear in linears)
+        return min(MAX_BATCH_TOKENS, BATCH_BYTES // bytes_per_token)
+
+    def batches(self, examples: Sequence[Encoded]) -> Iterator[list[int]]:
+        """Yield rows in batches of like length, longest first; of `batch_tokens` at most unless one alone has more."""
+        order = sorted(range(len(examples)), key=lambda row: -len(examples[row][0]))
+        start = 0
+        while start < len(order):
+            longest = len(examples[order[start]][0])
+            stop = start + max(1, min(MAX_BATCH_ROWS, self.batch_tokens // max(1, longest)))
+            yield order[start:stop]
+            start = stop
+
     def pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
         """Return each factor's pair for the summed loss of each example, by factor name."""
         with self.forward(batch) as (seen, logits, targets):
-            return self.backward(seen, _nll(logits, targets))
+            return self.backward(seen, logits, _pull(logits, targets))
 
     def drawn_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> dict[str, FactorPair]:
         """Return the pairs for targets drawn from the model's own distribution at the positions of the given ones.
@@ -95,15 +118,15 @@ class LoraFactors:
         What the true Fisher is made of.
         """
         with self.forward(batch) as (seen, logits, _):
-            return self.backward(seen, _nll(logits, _draw(logits, generator)))
+            return self.backward(seen, logits, _pull(logits, _draw(logits, generator)))
 
     def both_pairs(
         self, batch: Sequence[Encoded], generator: torch.Generator
     ) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
         """Return (`drawn_pairs`, `pairs`) of one forward."""
         with self.forward(batch) as (seen, logits, targets):
-            drawn = self.backward(seen, _nll(logits, _draw(logits, generator)), retain_graph=True)
-            return drawn, self.backward(seen, _nll(logits, targets))
+            drawn = self.backward(seen, logits, _pull(logits, _draw(logits, generator)), retain_graph=True)
+            return drawn, self.backward(seen, logits, _pull(logits, targets))
 
     def group_pairs(self, example: Encoded, *, num_groups: int) -> Iterator[dict[str, FactorPair]]:
         """Yield the pairs of contiguous groups of one example's target tokens; their gradients sum to the example's.
@@ -112,10 +135,11 @@ class LoraFactors:
         forward. There are at most `num_groups` groups and at most one per target token.
         """
         with self.forward([example]) as (seen, logits, targets):
-            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-            groups = losses.tensor_split(max(1, min(num_groups, len(losses))))
+            pull = _pull(logits, targets)
+            groups = torch.arange(len(pull), device=pull.device).tensor_split(max(1, min(num_groups, len(pull))))
             for number, group in enumerate(groups, start=1):
-                yield self.backward(seen, group.sum(), retain_graph=number < len(groups))
+                part = torch.zeros_like(pull).index_copy_(0, group, pull[group])
+                yield self.backward(seen, logits, part, retain_graph=number < len(groups))
 
     @contextmanager
     def forward(self, batch: Sequence[Encoded]) -> Iterator[tuple[Activations, Tensor, Tensor]]:
@@ -125,10 +149,12 @@ class LoraFactors:
         with evaluating(self.model), torch.enable_grad(), self._recording() as seen:
             yield seen, *target_logits(self.model, input_ids, labels, mask=mask)
 
-    def backward(self, seen: Activations, loss: Tensor, *, retain_graph: bool = False) -> dict[str, FactorPair]:
-        """Return the pairs of one scalar made of `forward`'s logits."""
+    def backward(
+        self, seen: Activations, logits: Tensor, pull: Tensor, *, retain_graph: bool = False
+    ) -> dict[str, FactorPair]:
+        """Return the pairs of a loss whose gradient at `forward`'s logits is `pull`."""
         outputs = [tensor for m in self.modules for tensor in (seen.shrunk[m.name], seen.expanded[m.name])]
-        deltas = torch.autograd.grad(loss, outputs, retain_graph=retain_graph)
+        deltas = torch.autograd.grad(logits, outputs, pull, retain_graph=retain_graph)
         pairs = {}
         for index, module in enumerate(self.modules):
             shrunk = seen.shrunk[module.name].detach()
@@ -151,11 +177,17 @@ class LoraFactors:
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    """Return a token per row of logits [m, v], by one uniform number each: `torch.multinomial` takes v of them."""
+    sums = logits.detach().softmax(-1).cumsum(-1)
+    points = torch.rand(len(logits), 1, generator=generator).to(logits.device) * sums[:, -1:]
+    return torch.searchsorted(sums, points, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+def _pull(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the gradient of the summed negative log-likelihood at logits [m, v]: softmax less the targets' ones."""
+    probabilities = logits.detach().softmax(-1)
+    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return probabilities
 
 
 def set_factor_weights(factors: LoraFactors, weights: Mapping[str, Tensor]) -> None:
@@ -170,15 +202,14 @@ def set_factor_weights(factors: LoraFactors, weights: Mapping[str, Tensor]) -> N
 
 def pad_batch(batch: Sequence[Encoded], *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Right-pad examples to one length; return int64 (input_ids, labels, attention_mask), each [n, t]."""
-    longest = max(len(ids) for ids, _ in batch)
-    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    labels = torch.full((len(batch), longest), IGNORED_LABEL, dtype=torch.long)
-    mask = torch.zeros(len(batch), longest, dtype=torch.long)
     for row, (ids, targets) in enumerate(batch):
         assert len(ids) == len(targets), f"example {row}: {len(ids)} ids but {len(targets)} labels"
-        input_ids[row, : len(ids)] = torch.as_tensor(ids)
-        labels[row, : len(ids)] = torch.as_tensor(targets)
-        mask[row, : len(ids)] = 1
+    lengths = [len(ids) for ids, _ in batch]
+    longest = max(lengths)
+    input_ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in batch], dtype=torch.long)
+    padded = [[*targets, *[IGNORED_LABEL] * (longest - len(targets))] for _, targets in batch]
+    labels = torch.tensor(padded, dtype=torch.long)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
     return input_ids.to(device), labels.to(device), mask.to(device)
 
 
@@ -186,7 +217,8 @@ def pad_batch(batch: Sequence[Encoded], *, device: torch.device | str = "cpu") -
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout off, and back on afterwards for the modules that had it on."""
     was_training = [module for module in model.modules() if module.training]
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         yield
     finally:

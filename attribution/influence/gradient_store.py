@@ -3,6 +3,7 @@
 Layout of a store, format trailmark-gradients/v1:
     store.json                      everything below with its SHA-256; replaced in one step by every change
     codecs/<view>.safetensors       how a gradient becomes a row (see codec.py); views may share one
+    residual.npy                    if fitted: what a question's row is cleared of (see residual.py)
     shards/<name>/ids.json          example ids in row order
     shards/<name>/weights.npy       float32 [rows, views]: the exposure of each example that a view stands for
     shards/<name>/<view>.codes.npy  int8 [rows, d]     <view>.scales.npy  uint8 [rows, d / BLOCK]
@@ -30,11 +31,12 @@ from attribution.canonical import canonical_json
 from attribution.disk import write_atomically
 from attribution.influence.codec import GradientCodec
 from attribution.influence.quantise import Quantised, quantise
+from attribution.influence.residual import Residual
 from configs.errors import UserError
 from kernels.gradients import BLOCK
 
 FORMAT = "trailmark-gradients/v1"
-HEADER_FILE = "store.json"
+HEADER_FILE, RESIDUAL_FILE = "store.json", "residual.npy"
 SHARD_ROWS = 4096
 
 
@@ -205,6 +207,19 @@ class GradientStore:
                 return dict(entry)
         raise GradientStoreError(f"gradient store {self.path}: no view {view!r}; it has {', '.join(self.views)}")
 
+    @cached_property
+    def residual(self) -> Residual | None:
+        """What a question's row is cleared of before it meets all views; None where none was fitted."""
+        return Residual.load(self.path / RESIDUAL_FILE) if "residual" in self._header else None
+
+    def fit_residual(self) -> None:
+        """Fit it to the examples as they are now. Needs one codec for all views, and all shards here."""
+        with self._changing():
+            Residual.of([shard for shard in self.shards if shard.num_live], self.views).save(self.path / RESIDUAL_FILE)
+            _sync(self.path / RESIDUAL_FILE)
+            self._header["residual"] = _sha256(self.path / RESIDUAL_FILE)
+            self._commit(self.shards)
+
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all live examples that are here, in row order."""
         return tuple(shard.ids[row] for shard in self.shards if shard.is_here for row in shard.live)
@@ -213,6 +228,8 @@ class GradientStore:
         """Hash every file that is here. Raises GradientStoreError naming the first that is missing or altered."""
         for entry in self._header["views"]:
             self._check(self.path / "codecs" / entry["codec"], entry["sha256"])
+        if "residual" in self._header:
+            self._check(self.path / RESIDUAL_FILE, self._header["residual"])
         for shard in self.shards:
             if shard.is_here:
                 for name, digest in shard.files.items():
@@ -244,7 +261,10 @@ class GradientStore:
             self._commit([*self.shards, *shards])
 
     def delete(self, ids: Sequence[str], *, compact: bool = False) -> None:
-        """Leave examples out from now on; their bytes go with `compact`. GradientStoreError names an unknown id."""
+        """Leave examples out from now on; their bytes go with `compact`. GradientStoreError names an unknown id.
+
+        A residual, which rests on them too, goes at once; it is fitted again where all the other examples are.
+        """
         with self._changing():
             wanted = set(ids)
             changed = []
@@ -258,7 +278,11 @@ class GradientStore:
             if wanted:
                 elsewhere = "" if all(shard.is_here for shard in self.shards) else ", among the shards on this machine"
                 raise GradientStoreError(f"example {min(wanted)!r}: no gradient of it is in {self.path}{elsewhere}")
+            had_residual = self._header.pop("residual", None)
             self._commit(changed)
+            (self.path / RESIDUAL_FILE).unlink(missing_ok=True)
+        if had_residual and self.num_examples and all(shard.is_here for shard in self.shards):
+            self.fit_residual()
         if compact:
             self.compact()
 
@@ -286,9 +310,8 @@ class GradientStore:
         for view in self.views:
             start = 0
             for shard in group:
-                rows, live = shard.rows(view), shard.live
-                part = Quantised(rows.codes[live], rows.scales[live], rows.units[live])
-                addition.put_quantised(view, range(start, start + len(live)), part, shard.lengths(view)[live])
+                live, place = shard.live, range(start, start + shard.num_live)
+                addition.put_quantised(view, place, shard.rows(view).take(live), shard.lengths(view)[live])
                 start += len(live)
         return addition.finish()
 
@@ -328,6 +351,7 @@ class GradientStore:
         if seal != _seal(header):
             raise GradientStoreError(f"gradient store {self.path}: {HEADER_FILE} was altered")
         self._header: dict[str, Any] = header
+        self.__dict__.pop("residual", None)
         self.shards = tuple(
             Shard(self.path / "shards" / entry["name"], entry["rows"], tuple(entry["removed"]), entry["files"])
             for entry in header["shards"]
@@ -370,15 +394,15 @@ class Addition:
         except ValueError as error:
             broken = self._ids[rows[int(np.argmax(~np.isfinite(values).all(axis=1)))]]
             raise GradientStoreError(f"example {broken!r}: its gradient is not finite in view {view}") from error
-        lengths = np.linalg.norm(quantised.values(), axis=1).astype(np.float32)
-        self.put_quantised(view, rows, quantised, lengths)
+        self.put_quantised(view, rows, quantised, quantised.lengths())
 
     def put_quantised(self, view: str, rows: Sequence[int], values: Quantised, lengths: NDArray[np.float32]) -> None:
         """Write rows that are quantised already."""
         sizes = np.stack([values.units, lengths], axis=1)
         shards, places = np.divmod(np.asarray(rows, dtype=np.int64), SHARD_ROWS)
         for shard in np.unique(shards).tolist():
-            here = shards == shard
+            is_here = shards == shard
+            here = slice(None) if is_here.all() else is_here
             for kind, array in (("codes", values.codes), ("scales", values.scales), ("sizes", sizes)):
                 self._files[shard, view, kind][places[here]] = array[here]
         self._filled[view][list(rows)] = True

@@ -7,6 +7,7 @@ on top of the codes. Columns come by falling energy, so that a block's values ar
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kernels.gradients import BLOCK
@@ -29,6 +30,16 @@ class Quantised:
         blocks *= (self.scales * self.units[:, None])[:, :, None]
         return blocks.reshape(self.codes.shape)
 
+    def take(self, rows: NDArray[np.int64]) -> "Quantised":
+        """Return some rows."""
+        return Quantised(self.codes[rows], self.scales[rows], self.units[rows])
+
+    def lengths(self) -> NDArray[np.float32]:
+        """Return float32 [n]: the Euclidean length of each row's `values`."""
+        blocks = self.codes.reshape(len(self.codes), -1, BLOCK).astype(np.float32)
+        squares = np.einsum("nbk,nbk->nb", blocks, blocks)
+        return np.sqrt((squares * np.square(self.scales, dtype=np.float32)).sum(axis=1)) * self.units
+
 
 def quantise(rows: NDArray[np.float32]) -> Quantised:
     """Return the codes of rows [n, d], d a multiple of BLOCK. Raises ValueError for a value that is not finite."""
@@ -36,11 +47,11 @@ def quantise(rows: NDArray[np.float32]) -> Quantised:
         row = int(np.argmax(~np.isfinite(rows).all(axis=1)))
         raise ValueError(f"row {row} holds a value that is not finite")
     blocks = rows.reshape(len(rows), -1, BLOCK)
-    largest = np.abs(blocks).max(axis=2, initial=0)
+    largest = torch.from_numpy(blocks).abs().amax(dim=2).numpy()  # a third of NumPy's time
     units = (largest.max(axis=1, initial=0) / (LARGEST_CODE * LARGEST_SCALE)).astype(np.float32)
     units = np.maximum(units, TINY)
     # Rounded up, so that no code passes 127; a row's largest block has the scale 255.
     scales = np.clip(np.ceil(largest / (LARGEST_CODE * units[:, None])), 1, LARGEST_SCALE)
-    codes = np.rint(blocks / (scales * units[:, None])[:, :, None])
-    codes = np.clip(codes, -LARGEST_CODE, LARGEST_CODE)
+    codes = blocks / (scales * units[:, None])[:, :, None]
+    np.clip(np.rint(codes, out=codes), -LARGEST_CODE, LARGEST_CODE, out=codes)
     return Quantised(codes.reshape(rows.shape).astype(np.int8), scales.astype(np.uint8), units)

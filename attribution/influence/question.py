@@ -6,6 +6,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from attribution.erasure import remaining
 from attribution.influence.gradient_store import HEADER_FILE, GradientStore, GradientStoreError
 from attribution.influence.rows import STORE_FOLDER
@@ -71,10 +74,10 @@ def question_of(
 ) -> Question:
     """Return the question of a receipt: its gradient at each of `views`.
 
-    By default the gradient at the last checkpoint, against the rows of all of them: an answer's gradient lives where
-    training ended, what an example did lies along the way. That costs one forward and one backward, and held better
-    than the last rows alone (LDS .67 and .47 against .54 and .44, docs/log.md of 2026-11-25). Rows that Adam
-    preconditions differ from checkpoint to checkpoint, so there the last ones are asked alone.
+    By default the mean of its gradients at the middle and the last checkpoint, cleared of the store's residual, against
+    the rows of all of them: an answer's gradient lives where training ended, what an example did lies along the way,
+    and half way the answer was not yet settled. Measured in docs/log.md of 2026-11-25. Rows that Adam preconditions
+    differ from checkpoint to checkpoint, so there the last ones are asked alone.
 
     Raises ExplainError when the base answered, when the adapter has no trace, or its weights are not its trace's.
     """
@@ -90,8 +93,22 @@ def question_of(
     base, adapter = (models.folder(trail.store, receipt[key]) for key in ("base", "adapter"))
     if not models.is_own(trace, adapter):
         raise ExplainError(f"receipt {receipt['id']}: {OTHER_WEIGHTS}")
-    chosen = tuple(views or store.views[-1:])
+    is_pooled = views is None and store.preconditioner != "adam"
+    chosen = tuple(views or (asked_views(store.views) if is_pooled else store.views[-1:]))
     rows = models.store_features(subject.completion, trace, store, base=base, adapter=adapter, views=chosen)
-    if views is None and store.preconditioner != "adam":
-        chosen, rows = store.views, rows.repeat(len(store.views), axis=0)
+    if is_pooled:
+        return Question(receipt["id"], digest, asked_of_all(store, rows, normalise))
     return Question(receipt["id"], digest, Asked(chosen, rows, normalise))
+
+
+def asked_views(views: Sequence[str]) -> tuple[str, ...]:
+    """Return the checkpoints at which an answer's gradient is taken: the middle one and the last."""
+    return tuple(dict.fromkeys((views[(len(views) - 1) // 2], views[-1])))
+
+
+def asked_of_all(store: GradientStore, rows: NDArray[np.float32], normalise: Normalise) -> Asked:
+    """Return queries' rows [c, q, d] at some views as one question to all views of a store with one codec."""
+    row = rows.mean(axis=0)
+    if normalise == "cosine" and store.residual is not None:
+        row = store.residual.take_from(row)
+    return Asked(store.views, np.repeat(row[None], len(store.views), axis=0), normalise)

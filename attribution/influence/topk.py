@@ -3,7 +3,7 @@
 Shape legend: c views asked, q queries, n examples of a shard, d numbers in a row.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,24 +48,19 @@ def top_examples(
     *,
     k: int,
     shards: Sequence[str] | None = None,
-    totals: NDArray[np.float64] | None = None,
     device: str = "cpu",
 ) -> tuple[tuple[Hit, ...], ...]:
     """Return the k best examples of each query among some shards, by default all that are on this machine.
 
     Semantics: score[q, i] = sum over views of
     - "none": correction w[c, i] <q[c], h[c, i]>, in nats (see `scores.score_parts`);
-    - "cosine": w[c, i] / W[c] <q[c], h[c, i]> / (|q[c]| |h[c, i]|), W being `totals`, the exposure of all shards
-      together (`exposure_totals`), which those who score a part of them must be given.
+    - "cosine": w[c, i] <q[c], h[c, i]> / (|q[c]| |h[c, i]|).
     The same question gives the same answer to the last bit, however shards are divided.
     """
-    chosen = _shards(store, shards)
-    if totals is None:
-        totals = exposure_totals(exposure_sums(store, asked.views, shards=shards))
     corrections = view_corrections(store)
     factors = [corrections[store.views.index(view)] for view in asked.views]
     found = []
-    for shard in chosen:
+    for shard in _shards(store, shards):
         scores = np.zeros((asked.num_queries, shard.num_live))
         weights = exposure(store, shard, asked.views)
         for index, view in enumerate(asked.views):
@@ -75,7 +70,7 @@ def top_examples(
             else:
                 asked_lengths = np.linalg.norm(asked.rows[index].astype(np.float64), axis=1)[:, None]
                 cosines = dots / np.maximum(asked_lengths * lengths, TINY)
-                scores += cosines * (weights[:, index] / max(float(totals[index]), TINY))
+                scores += cosines * weights[:, index]
         found.append([_best(row, shard, k) for row in scores])
     return tuple(merge((part[query] for part in found), k=k) for query in range(asked.num_queries))
 
@@ -83,18 +78,6 @@ def top_examples(
 def merge(parts: Iterable[Sequence[Hit]], *, k: int) -> tuple[Hit, ...]:
     """Return the k best of several lists of hits."""
     return tuple(sorted((hit for part in parts for hit in part), key=_order)[:k])
-
-
-def exposure_sums(
-    store: "GradientStore", views: Sequence[str], *, shards: Sequence[str] | None = None
-) -> dict[str, list[float]]:
-    """Return, for some shards by name, the exposure that each asked view stands for, summed over its examples."""
-    return {shard.name: exposure(store, shard, views).sum(axis=0).tolist() for shard in _shards(store, shards)}
-
-
-def exposure_totals(sums: Mapping[str, Sequence[float]]) -> NDArray[np.float64]:
-    """Return float64 [c]: the sums of all shards, added in the order of their names."""
-    return np.asarray([sums[name] for name in sorted(sums)], dtype=np.float64).sum(axis=0)
 
 
 def exposure(store: "GradientStore", shard: "Shard", views: Sequence[str]) -> NDArray[np.float64]:

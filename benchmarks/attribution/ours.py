@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import process_time
@@ -16,25 +17,28 @@ from attribution.influence.ekfac import CodecSettings
 from attribution.influence.factors import LoraFactors, set_factor_weights
 from attribution.influence.gradient_store import GradientStore
 from attribution.influence.gradients import Encoded, adam_scale, scale_of
-from attribution.influence.scores import Normalise
+from attribution.influence.question import asked_of_all, asked_views
 from attribution.influence.topk import Asked, top_examples
 from attribution.influence.unrolled import unrolled_scores
 from benchmarks.attribution.export import unflat
 from benchmarks.attribution.lab import Lab
 from benchmarks.attribution.methods import Found, Method
+from configs.schema import TrainSettings
+from pipelines.train.gradients import codec_settings
 
 EXPLAIN, AUDIT = "explain: store, EK-FAC", "audit: unrolled"
-Ask = Literal["last", "each", "last alone"]
-FIT_ROWS = 320
-"""Rows that factors are fitted on, at each checkpoint."""
+Ask = Literal["as served", "at all", "at the last, plain", "at each, plain"]
+FIT_ROWS = TrainSettings().gradient_fit_examples
+"""Rows that factors are fitted on, at each checkpoint: the product's default."""
 
 
-def store_method(settings: CodecSettings, *, ask: Ask = "last") -> Method:
+def store_method(settings: CodecSettings, *, ask: Ask = "as served") -> Method:
     """Return the explain tier at some settings.
 
-    `ask`: "last" is the query's gradient at the last checkpoint against the rows of every checkpoint, as unrolling says
-    (one pass per query); "each" is the gradient at each checkpoint against the rows there; "last alone" is the last
-    checkpoint's rows only, by cosine, which is how `trailmark` finds the best examples of a receipt.
+    `ask`: "as served" is how `trailmark` finds the best examples of a receipt: the query's gradients at the middle and
+    the last checkpoint, cleared of the store's residual, against the rows of every checkpoint, by cosine. "at all" is
+    the same with the gradients at every checkpoint. The plain ones are inner products without any of that: "at the
+    last" one gradient against the rows of all checkpoints, "at each" a gradient of its own for each.
     """
 
     def run(lab: Lab) -> Found:
@@ -57,9 +61,11 @@ def _explain(lab: Lab, settings: CodecSettings, folder: Path, *, ask: Ask) -> Fo
     build_cpu_s = process_time() - began
     questions, encode_cpu_s = _questions(lab, store, factors, views, ask=ask)
     began = process_time()
-    asked = store.views[-1:] if ask == "last alone" else store.views
-    normalise: Normalise = "cosine" if ask == "last alone" else "none"
-    hits = top_examples(store, Asked(asked, questions, normalise), k=len(rows))
+    if ask == "at each, plain":
+        question = Asked(store.views, questions, "none")
+    else:
+        question = asked_of_all(store, questions, "none" if ask == "at the last, plain" else "cosine")
+    hits = top_examples(store, question, k=len(rows))
     score_cpu_s = process_time() - began
     scores = np.zeros((len(lab.queries), len(rows)))
     for query, found in enumerate(hits):
@@ -86,16 +92,17 @@ def _explain(lab: Lab, settings: CodecSettings, folder: Path, *, ask: Ask) -> Fo
 def _questions(
     lab: Lab, store: GradientStore, factors: LoraFactors, views: list[View], *, ask: Ask
 ) -> tuple[NDArray[np.float32], float]:
-    """Return the queries' rows [c, q, d], and the CPU seconds that turning gradients into them took."""
+    """Return the queries' rows [a, q, d] where they are asked, and the CPU seconds of turning gradients into them."""
+    names = {"as served": asked_views(store.views), "at the last, plain": store.views[-1:]}.get(ask, store.views)
     codec, parts, seconds = store.codec(store.views[-1]), [], 0.0
-    for view in views if ask == "each" else views[-1:]:
+    for view in (view for view in views if view.name in names):
         view.enter()
         pairs = factors.pairs(lab.queries)
         began = process_time()
         with torch.no_grad():
             parts.append(codec.encode(pairs).numpy())
         seconds += process_time() - began
-    return np.stack(parts * (len(views) if ask == "last" else 1)), seconds
+    return np.stack(parts), seconds
 
 
 def in_run(*, every: int, adam: bool) -> Method:
@@ -149,12 +156,16 @@ def audit(lab: Lab) -> Found:
     return Found(found.scores, "audit", query_cpu_s=found.cpu_seconds / len(lab.queries))
 
 
+WIDE = CodecSettings(dim=8192, basis_dim=160)
+"""All directions of the lab's layers, 3 of 4 of their coordinates; damping is the product's default."""
 OURS: dict[str, Method] = {
-    EXPLAIN: store_method(CodecSettings(dim=8192, basis_dim=160, damping=0.01)),
-    "explain: query at each checkpoint": store_method(CodecSettings(dim=8192, basis_dim=160, damping=0.01), ask="each"),
-    "explain: best examples as served": store_method(CodecSettings(), ask="last alone"),
-    "explain: 2,048 numbers": store_method(CodecSettings(dim=2048, basis_dim=64, damping=0.01)),
-    "explain: identity": store_method(CodecSettings("identity", dim=8192, basis_dim=160)),
+    EXPLAIN: store_method(WIDE),
+    "explain: query at all checkpoints": store_method(WIDE, ask="at all"),
+    "explain: plain, query at the last": store_method(WIDE, ask="at the last, plain"),
+    "explain: plain, query at each": store_method(WIDE, ask="at each, plain"),
+    "explain: the product's defaults": store_method(codec_settings(TrainSettings())),
+    "explain: 2,048 numbers": store_method(replace(WIDE, dim=2048, basis_dim=64)),
+    "explain: identity": store_method(replace(WIDE, preconditioner="identity")),
     "in-run: SGD": in_run(every=1, adam=False),
     "in-run: Adam": in_run(every=1, adam=True),
     "in-run: Adam, every 8 steps": in_run(every=8, adam=True),

@@ -137,3 +137,5 @@ def _adding(run: GradientPass, codec: GradientCodec, trace_folder: Path) -> Iter
     store = GradientStore.create(trace_folder / STORE_FOLDER, {str(step): codec for step in run.steps}, about=about)
     with store.adding([example.example_id for example in run.examples], weights=trace.exposure().T) as addition:
         yield addition
+    if store.preconditioner != "adam":
+        store.fit_residual()

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from attribution.influence.codec import GradientCodec
-from attribution.influence.ekfac import FIT_BATCH, CodecSettings, fit_codec
+from attribution.influence.ekfac import CodecSettings, fit_codec
 from attribution.influence.factors import Encoded, LoraFactors, pad_batch
 from attribution.influence.gradients import ADAM_EPS
 from tests.attribution.influence.test_gradients import BATCH, load, second_moments
@@ -50,17 +50,15 @@ def looped(model: PeftModel, batch: Sequence[Encoded], labels: Sequence[Tensor] 
 
 
 def drawn_labels(model: PeftModel, batch: Sequence[Encoded], generator: torch.Generator) -> list[Tensor]:
-    """Targets drawn from the model, example by example in the order in which the fit draws them."""
-    found = []
-    for start in range(0, len(batch), FIT_BATCH):
-        part = batch[start : start + FIT_BATCH]
-        input_ids, labels, mask = pad_batch(part)
+    """Targets drawn from the model, longest example first as the fit draws them: the first with a sum past a point."""
+    found: dict[int, Tensor] = {}
+    for row in sorted(range(len(batch)), key=lambda row: -len(batch[row][0])):
+        input_ids, labels, mask = pad_batch([batch[row]])
         with torch.no_grad():
             logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
-        kept = labels[:, 1:] != -100
-        drawn = torch.multinomial(logits[kept].softmax(-1), 1, generator=generator)[:, 0]
-        found += drawn.split(kept.sum(1).tolist())
-    return found
+        sums = logits[labels[:, 1:] != -100].softmax(-1).cumsum(-1)
+        found[row] = (sums <= torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]).sum(-1)
+    return [found[row] for row in range(len(batch))]
 
 
 def whole(codec: GradientCodec, gradients: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -156,7 +154,8 @@ def test_each_factor_is_damped_by_its_own_mean(model: PeftModel, factors: LoraFa
         scaled = _Scaled(factors, name, factor)
         codec = fit_codec(scaled, SAMPLE, CodecSettings("ekfac", dim=1 << 20, basis_dim=512))  # type: ignore[arg-type]
         one = next(one for one in codec.factors if one.name == name)
-        found.append((one.encode(scaled.pairs(BATCH)[name], None), codec))
+        turned = one.turned(scaled.pairs(BATCH)[name], None) * one.weight
+        found.append((turned.flatten(1)[:, one.kept], codec))
     (plain, _), (long, codec) = found
     torch.testing.assert_close(plain @ plain.T, long @ long.T, rtol=1e-2, atol=1e-2 * float((plain @ plain.T).max()))
 
@@ -166,7 +165,7 @@ class _Scaled:
 
     def __init__(self, factors: LoraFactors, name: str, factor: float) -> None:
         self._factors, self._name, self._factor = factors, name, factor
-        self.shapes = factors.shapes
+        self.shapes, self.batches = factors.shapes, factors.batches
 
     def pairs(self, batch: Sequence[Encoded]) -> dict:
         return self._longer(self._factors.pairs(batch))

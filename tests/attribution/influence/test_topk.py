@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from attribution.influence import gradient_store
 from attribution.influence.codec import FactorCodec, GradientCodec
 from attribution.influence.gradient_store import GradientStore
-from attribution.influence.topk import Asked, Hit, exposure_sums, exposure_totals, merge, top_examples
+from attribution.influence.topk import Asked, Hit, merge, top_examples
 from kernels.gradients import BLOCK
 
 VIEWS = ("10", "20", "60")
@@ -60,16 +60,12 @@ def looped(store: GradientStore, question: Asked, query: int) -> dict[str, float
                 q = question.rows[index, query].astype(np.float64)
                 found.append((weight, float(q @ h), float(np.sqrt(q @ q) * np.sqrt(h @ h))))
             raw[shard.ids[row]] = found
-    totals = [sum(parts[index][0] for parts in raw.values()) for index in range(len(steps))]
     if question.normalise == "none":
         return {
             name: sum((1 - 0.9**step) ** 0.5 * w * dot for step, (w, dot, _) in zip(steps, parts, strict=True))
             for name, parts in raw.items()
         }
-    return {
-        name: sum(w / total * dot / size for total, (w, dot, size) in zip(totals, parts, strict=True))
-        for name, parts in raw.items()
-    }
+    return {name: sum(w * dot / size for w, dot, size in parts) for name, parts in raw.items()}
 
 
 @pytest.mark.parametrize("normalise", ["none", "cosine"])
@@ -97,10 +93,7 @@ def test_however_shards_are_divided_the_answer_is_the_same_bits(store: GradientS
     names = [shard.name for shard in store.shards]
     owner = {name: data.draw(st.integers(0, 2)) for name in names}
     groups = [[name for name in names if owner[name] == index] for index in range(3)]
-    sums = {name: values for group in groups for name, values in exposure_sums(store, VIEWS, shards=group).items()}
-    parts = [
-        top_examples(store, question, k=5, shards=group, totals=exposure_totals(sums)) for group in groups if group
-    ]
+    parts = [top_examples(store, question, k=5, shards=group) for group in groups if group]
     assert tuple(merge((part[query] for part in parts), k=5) for query in range(2)) == whole
     assert top_examples(store, question, k=5) == whole
 
