@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NUM_DIRECTIONS, NUM_SAMPLED = 64, 512
 STRENGTH = 6.0
-"""s, in squared lengths of a mean example. Chosen among 0.3 to 30 on seed 0 of the lab; 3 to 10 differ little."""
+"""s, in squared lengths of a mean example; the lab's seed 0 prefers 3 on 5 % drops and 10 on half kept."""
 
 
 @dataclass(frozen=True)
