@@ -27,7 +27,7 @@ from statistics import mean, stdev
 
 import torch
 
-from attribution.payouts import allocate
+from attribution.payouts import Allocation, allocate
 from attribution.priority import NearDuplicates, prioritise
 from attribution.records import from_plain
 from attribution.statement import Copies, Settled, claims_of
@@ -52,12 +52,14 @@ from benchmarks.cuda.report import Figure
 
 POOL = 1_000_000
 MAX_GAIN_PERCENT = 2.0
-SEEDS, QUICK_SEEDS = 6, 2
+SEEDS, QUICK_SEEDS = 8, 2
 # Two-sided 90 % points of Student's t by degrees of freedom.
 T_90 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833, 11: 1.796}
 LOOK_ALIKES = str.maketrans({"a": "\u0430", "e": "\u0435", "o": "\u043e", "p": "\u0440", "i": "\u0456"})
 HONEST = "honest"
 LIKELIHOOD = "by log-likelihood: "
+IF_TOLD = "gain if all names could be told from zero"
+"""Where many names lose because few of their values can be told from zero, this says what more retrains would give."""
 HONEST_FLOORS = {"~ honest, paid in all": 30.0, "~ honest, people paid": 5.0}
 """Per cent of the pool, and of eight people: where nobody is paid no attack can gain, and the table says nothing."""
 DEFAULT, SEMANTIC = NearDuplicates(), NearDuplicates("semantic")
@@ -159,8 +161,8 @@ ATTACKS = (
 THIEVES = tuple(attack.name for attack in ATTACKS if attack.name.startswith("thief") and attack.has_floor)
 
 
-def payouts(settled: Settled, people: Sequence[Person], near: NearDuplicates) -> dict[str, int]:
-    """Return what everybody gets of the pool."""
+def share_out(settled: Settled, people: Sequence[Person], near: NearDuplicates) -> Allocation:
+    """Return the pool as a statement shares it out."""
     rows = {row.row_id: row for row in registered(people)}
     priority = prioritise(list(rows.values()), near)
     counts: dict[tuple[str, str], int] = {}
@@ -170,8 +172,18 @@ def payouts(settled: Settled, people: Sequence[Person], near: NearDuplicates) ->
             counts[pair] = counts.get(pair, 0) + 1
     copies = [Copies("lab", "contributor", copier, owner, count) for (copier, owner), count in counts.items()]
     claims = claims_of(settled, copies)
-    shared = allocate(POOL, claims, gain=settled.gain, confidence=CONFIDENCE, familywise=True)
-    return {payout.claim.id: payout.amount for payout in shared.payouts}
+    return allocate(POOL, claims, gain=settled.gain, confidence=CONFIDENCE, familywise=True)
+
+
+def payouts(settled: Settled, people: Sequence[Person], near: NearDuplicates) -> dict[str, int]:
+    """Return what everybody gets of the pool."""
+    return {payout.claim.id: payout.amount for payout in share_out(settled, people, near).payouts}
+
+
+def value_share(shared: Allocation, names: Sequence[str]) -> float:
+    """Return what the names would get, in per cent of the pool, if every value could be told from zero."""
+    values = (payout.claim.value for payout in shared.payouts if payout.claim.id in names)
+    return 100 * sum(max(value, 0) for value in values) / shared.divisor
 
 
 def settlements(world: World, folder: Path | None) -> dict[str, dict[str, Settled]]:
@@ -200,7 +212,10 @@ def all_gains(world: World, folder: Path | None) -> dict[str, float]:
     """Play one seed; return the gains by exact match, and by log-likelihood under names that say so."""
     kept = settlements(world, folder)
     judged, other = (gains(world.games, {name: kept[name][utility] for name in kept}) for utility in UTILITIES)
-    return judged | {f"{LIKELIHOOD}{name}": value for name, value in other.items() if not name.startswith("~")}
+    return judged | {
+        f"~ {LIKELIHOOD}{name.removeprefix('~ ')}" if name.startswith("~") else f"{LIKELIHOOD}{name}": value
+        for name, value in other.items()
+    }
 
 
 def gains(games: Mapping[str, Sequence[Person]], settled: Mapping[str, Settled]) -> dict[str, float]:
@@ -211,6 +226,10 @@ def gains(games: Mapping[str, Sequence[Person]], settled: Mapping[str, Settled])
         paid = payouts(settled[attack.game], games[attack.game], attack.near)
         more = sum(paid.get(name, 0) for name in attack.mine) - sum(honest[name] for name in attack.before)
         found[attack.name] = 100 * more / POOL
+        if attack.before:
+            alone = share_out(settled[HONEST], games[HONEST], DEFAULT)
+            played = share_out(settled[attack.game], games[attack.game], attack.near)
+            found[f"~ {attack.name}, {IF_TOLD}"] = value_share(played, attack.mine) - value_share(alone, attack.before)
     found["~ honest, paid in all"] = 100 * sum(honest.values()) / POOL
     found["~ honest, people paid"] = float(sum(amount > 0 for amount in honest.values()))
     found["~ victim's gain by being copied exactly"] = found["clone x1"] - found["thief, exact copy"]
@@ -252,6 +271,8 @@ def figures_of(found: Mapping[str, Sequence[float]]) -> list[Figure]:
     for name, values in found.items():
         if name.startswith("~"):
             figures.append(Figure(f"{name.removeprefix('~ ')}, mean", mean(values), "", HONEST_FLOORS.get(name)))
+            if name.endswith(IF_TOLD):
+                figures.append(Figure(f"{name.removeprefix('~ ')}, bound", upper_bound(values), "% of the pool"))
             continue
         floor = None if name in unjudged else 0.0 if name in THIEVES[:1] else MAX_GAIN_PERCENT
         figures.append(Figure(f"{name}, mean gain", mean(values), "% of the pool"))
@@ -281,7 +302,7 @@ def plot(found: Mapping[str, Sequence[float]], file: Path) -> None:
     axes.axvline(MAX_GAIN_PERCENT, color="#c62a2f", linewidth=1, linestyle="--", label="floor: 2 %")
     axes.axvline(0, color="#5a6675", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=10)
-    axes.set_xticks([-50, -10, -5, 0, 2, 5, 10], ["-50", "-10", "-5", "0", "2", "5", "10"])
+    axes.set_xticks([-100, -50, -10, -5, 0, 2, 5, 10], ["-100", "-50", "-10", "-5", "0", "2", "5", "10"])
     axes.minorticks_off()
     axes.set_yticks(range(len(names)), list(reversed(names)))
     axes.set_xlabel("gain, % of the pool (points: seeds; line: mean to the 90 % upper bound)")

@@ -99,6 +99,7 @@ def test_gains_of_known_values_and_settlements_kept_between_runs(
     assert len(made) == len(world.games)
     assert found["~ honest, paid in all"] == 80 and found["~ honest, people paid"] == 2
     assert found["clone x1"] == pytest.approx(100 * 800 / 1200 - 40, abs=0.001)  # 800 of 1200, and 400 of 1000 before
+    assert found["~ clone x1, gain if all names could be told from zero"] == pytest.approx(found["clone x1"], abs=0.001)
     assert found["thief, exact copy"] == found["outlier poisoning"] == 0 and found["random-token spam"] == 20
     assert all_gains(World(0, TOY), tmp_path) == found
     assert len(made) == len(world.games)  # read, not made again
