@@ -2,10 +2,11 @@
 
     python -m benchmarks.abuse [--quick] [--check] [--out FILE] [--plot FILE]
 
-Eight people teach a tiny Llama 32 facts each; a suite asks for eight of each. Every attack's game is played beside the
+Eight people teach a tiny Llama 16 facts each; a suite asks for all of them. Every attack's game is played beside the
 honest one: all rows are trained on (also those that refinement's own duplicates rule would take out: the harder case),
 coalitions are retrained for real, values with 90 % intervals come from `attribution.credit`, near-duplicates are found
-by `attribution.priority`, and a pool of 1,000,000 units is shared out as a statement does it. The gain is what the
+by `attribution.priority`, and a pool of 1,000,000 units is shared out as a statement does it. The same retrains are
+settled by exact match, which is judged, and by log-likelihood, which is shown. The gain is what the
 attacker gets more than without the attack; for an outsider, all that it gets. Seeds differ in base, facts, order and
 coalitions. The bound is the upper end of the 90 % interval of the mean over seeds (Student's t). Replay, self-dealing
 and relabelling need no training: they are tried on a home with contributions, receipts and fee tables.
@@ -19,19 +20,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
-from attribution.payouts import allocate
+from attribution.payouts import Allocation, allocate
 from attribution.priority import NearDuplicates, prioritise
+from attribution.records import from_plain
 from attribution.statement import Copies, Settled, claims_of
 from benchmarks.abuse_lab import (
     CONFIDENCE,
     SYLLABLES,
     UNRELATED,
+    UTILITIES,
     Fact,
     LabSize,
     Person,
@@ -48,11 +52,14 @@ from benchmarks.cuda.report import Figure
 
 POOL = 1_000_000
 MAX_GAIN_PERCENT = 2.0
-SEEDS, QUICK_SEEDS = 6, 2
+SEEDS, QUICK_SEEDS = 8, 2
 # Two-sided 90 % points of Student's t by degrees of freedom.
 T_90 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833, 11: 1.796}
 LOOK_ALIKES = str.maketrans({"a": "\u0430", "e": "\u0435", "o": "\u043e", "p": "\u0440", "i": "\u0456"})
 HONEST = "honest"
+LIKELIHOOD = "by log-likelihood: "
+IF_TOLD = "gain if all names could be told from zero"
+"""Where many names lose because few of their values can be told from zero, this says what more retrains would give."""
 HONEST_FLOORS = {"~ honest, paid in all": 30.0, "~ honest, people paid": 5.0}
 """Per cent of the pool, and of eight people: where nobody is paid no attack can gain, and the table says nothing."""
 DEFAULT, SEMANTIC = NearDuplicates(), NearDuplicates("semantic")
@@ -91,8 +98,9 @@ class World:
     @property
     def questions(self) -> list[tuple[Sequence[int], Sequence[int]]]:
         """What the suite asks, of each person alike."""
-        return [encode_question(fact.row()) for facts in self.facts.values() for fact in facts[: self.size.num_asked]]
+        return [encode_question(fact.row()) for facts in self.facts.values() for fact in facts]
 
+    @cached_property
     def games(self) -> dict[str, list[Person]]:
         """Every game by its name; the attacker is p0 or comes last."""
         honest, victim = self.honest, self.honest[0]
@@ -153,8 +161,8 @@ ATTACKS = (
 THIEVES = tuple(attack.name for attack in ATTACKS if attack.name.startswith("thief") and attack.has_floor)
 
 
-def payouts(settled: Settled, people: Sequence[Person], near: NearDuplicates) -> dict[str, int]:
-    """Return what everybody gets of the pool."""
+def share_out(settled: Settled, people: Sequence[Person], near: NearDuplicates) -> Allocation:
+    """Return the pool as a statement shares it out."""
     rows = {row.row_id: row for row in registered(people)}
     priority = prioritise(list(rows.values()), near)
     counts: dict[tuple[str, str], int] = {}
@@ -164,36 +172,64 @@ def payouts(settled: Settled, people: Sequence[Person], near: NearDuplicates) ->
             counts[pair] = counts.get(pair, 0) + 1
     copies = [Copies("lab", "contributor", copier, owner, count) for (copier, owner), count in counts.items()]
     claims = claims_of(settled, copies)
-    shared = allocate(POOL, claims, gain=settled.gain, confidence=CONFIDENCE, familywise=True)
-    return {payout.claim.id: payout.amount for payout in shared.payouts}
+    return allocate(POOL, claims, gain=settled.gain, confidence=CONFIDENCE, familywise=True)
 
 
-def kept_gains(world: World, folder: Path | None, plan: str) -> dict[str, float]:
-    """As `gains`, read from `folder` where a run of this plan has left them there."""
-    file = folder / f"{plan[:16]}-{world.seed}.json" if folder is not None else None
+def payouts(settled: Settled, people: Sequence[Person], near: NearDuplicates) -> dict[str, int]:
+    """Return what everybody gets of the pool."""
+    return {payout.claim.id: payout.amount for payout in share_out(settled, people, near).payouts}
+
+
+def value_share(shared: Allocation, names: Sequence[str]) -> float:
+    """Return what the names would get, in per cent of the pool, if every value could be told from zero."""
+    values = (payout.claim.value for payout in shared.payouts if payout.claim.id in names)
+    return 100 * sum(max(value, 0) for value in values) / shared.divisor
+
+
+def settlements(world: World, folder: Path | None) -> dict[str, dict[str, Settled]]:
+    """Return every game's settlements by utility, read from `folder` where a run of the same plan has left them."""
+    file = folder / f"{plan_digest(world.size, [world.seed])[:16]}.json" if folder is not None else None
+    kept: dict[str, dict[str, Settled]] = {}
     if file is not None and file.exists():
-        kept: dict[str, float] = json.loads(file.read_text())
-        return kept
-    found = gains(world)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found))
-    return found
+        for name, values in json.loads(file.read_text()).items():
+            kept[name] = {utility: from_plain(Settled, value, name) for utility, value in values.items()}
+    missing = [name for name in world.games if name not in kept]
+    base = train_base(world.size, seed=world.seed) if missing else None
+    for name in missing:
+        kept[name] = settle(base, world.games[name], world.questions, world.size, seed=world.seed)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(to_json(kept)))
+    return kept
 
 
-def gains(world: World) -> dict[str, float]:
-    """Play every game of one seed; return each attack's gain in per cent of the pool, and facts under `~` names."""
-    base = train_base(world.size, seed=world.seed)
-    games = world.games()
-    settled = {
-        name: settle(base, people, world.questions, world.size, seed=world.seed) for name, people in games.items()
+def to_json(kept: Mapping[str, Mapping[str, Settled]]) -> dict[str, dict[str, object]]:
+    """Return settlements as JSON types."""
+    return {name: {key: asdict(value) for key, value in values.items()} for name, values in kept.items()}
+
+
+def all_gains(world: World, folder: Path | None) -> dict[str, float]:
+    """Play one seed; return the gains by exact match, and by log-likelihood under names that say so."""
+    kept = settlements(world, folder)
+    judged, other = (gains(world.games, {name: kept[name][utility] for name in kept}) for utility in UTILITIES)
+    return judged | {
+        f"~ {LIKELIHOOD}{name.removeprefix('~ ')}" if name.startswith("~") else f"{LIKELIHOOD}{name}": value
+        for name, value in other.items()
     }
+
+
+def gains(games: Mapping[str, Sequence[Person]], settled: Mapping[str, Settled]) -> dict[str, float]:
+    """Return each attack's gain of one seed in per cent of the pool, and facts under `~` names."""
     honest = payouts(settled[HONEST], games[HONEST], DEFAULT)
     found = {}
     for attack in ATTACKS:
         paid = payouts(settled[attack.game], games[attack.game], attack.near)
         more = sum(paid.get(name, 0) for name in attack.mine) - sum(honest[name] for name in attack.before)
         found[attack.name] = 100 * more / POOL
+        if attack.before:
+            alone = share_out(settled[HONEST], games[HONEST], DEFAULT)
+            played = share_out(settled[attack.game], games[attack.game], attack.near)
+            found[f"~ {attack.name}, {IF_TOLD}"] = value_share(played, attack.mine) - value_share(alone, attack.before)
     found["~ honest, paid in all"] = 100 * sum(honest.values()) / POOL
     found["~ honest, people paid"] = float(sum(amount > 0 for amount in honest.values()))
     found["~ victim's gain by being copied exactly"] = found["clone x1"] - found["thief, exact copy"]
@@ -201,7 +237,7 @@ def gains(world: World) -> dict[str, float]:
     found["~ honest people's loss under semantic clusters"] = (
         100 * sum(max(honest[name] - semantic.get(name, 0), 0) for name in honest) / POOL
     )
-    found["~ adapter's gain, nats per token"] = settled[HONEST].gain / 1e6
+    found["~ adapter's gain"] = settled[HONEST].gain / 1e6
     return found
 
 
@@ -212,12 +248,17 @@ def upper_bound(values: Sequence[float]) -> float:
     return mean(values) + T_90[len(values) - 1] * stdev(values) / math.sqrt(len(values))
 
 
-def plan_digest(size: LabSize) -> str:
+def plan_digest(size: LabSize, seeds: Sequence[int]) -> str:
     """Return the SHA-256 of everything that decides the games, printed before any of them is played."""
+    worlds = [World(seed, size) for seed in seeds]
     parts = {
         "size": vars(size),
         "attacks": [(attack.name, attack.game, attack.mine, attack.before, vars(attack.near)) for attack in ATTACKS],
-        "rows": {seed: [(person.name, person.rows) for person in World(seed, size).honest] for seed in range(SEEDS)},
+        "games": [
+            (world.seed, name, [(person.name, person.rows) for person in people])
+            for world in worlds
+            for name, people in world.games.items()
+        ],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -225,36 +266,47 @@ def plan_digest(size: LabSize) -> str:
 def figures_of(found: Mapping[str, Sequence[float]]) -> list[Figure]:
     """Return the table: mean and bound of each attack, then what the honest game was like."""
     figures = []
-    without_floor = {attack.name for attack in ATTACKS if not attack.has_floor}
+    unjudged = {attack.name for attack in ATTACKS if not attack.has_floor}
+    unjudged |= {name for name in found if name.startswith(LIKELIHOOD)}
     for name, values in found.items():
         if name.startswith("~"):
             figures.append(Figure(f"{name.removeprefix('~ ')}, mean", mean(values), "", HONEST_FLOORS.get(name)))
+            if name.endswith(IF_TOLD):
+                figures.append(Figure(f"{name.removeprefix('~ ')}, bound", upper_bound(values), "% of the pool"))
             continue
-        floor = None if name in without_floor else 0.0 if name in THIEVES[:1] else MAX_GAIN_PERCENT
+        floor = None if name in unjudged else 0.0 if name in THIEVES[:1] else MAX_GAIN_PERCENT
         figures.append(Figure(f"{name}, mean gain", mean(values), "% of the pool"))
         figures.append(Figure(f"{name}, 90 % upper bound", upper_bound(values), "% of the pool", floor, True))
     return figures
 
 
 def plot(found: Mapping[str, Sequence[float]], file: Path) -> None:
-    """Draw every seed's gain and the bound, with the floor."""
+    """Draw every seed's gain and the bound by both utilities, with the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [name for name in found if not name.startswith("~")]
-    chart, axes = pyplot.subplots(figsize=(9, 0.42 * len(names) + 1.4), layout="constrained")
-    for place, name in enumerate(reversed(names)):
-        axes.plot(found[name], [place] * len(found[name]), "o", color="#0b7577", alpha=0.45, markersize=5)
-        axes.plot([mean(found[name]), upper_bound(found[name])], [place, place], "-", color="#16202c", linewidth=1.6)
-        axes.plot(upper_bound(found[name]), place, "|", color="#16202c", markersize=12)
+    names = [name for name in found if not name.startswith(("~", LIKELIHOOD))]
+    chart, axes = pyplot.subplots(figsize=(9, 0.45 * len(names) + 1.6), layout="constrained")
+    lines = (("", "#0b7577", 0.16, "by exact match"), (LIKELIHOOD, "#a86a00", -0.16, "by log-likelihood"))
+    for prefix, colour, shift, label in lines:
+        for place, name in enumerate(reversed(names)):
+            values = found.get(prefix + name, [])
+            if values:
+                height = place + shift
+                axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.4, markersize=4)
+                axes.plot([mean(values), upper_bound(values)], [height, height], "-", color=colour, linewidth=1.6)
+                axes.plot(upper_bound(values), height, "|", color=colour, markersize=9, markeredgewidth=1.6)
+        axes.plot([], [], "-o", color=colour, markersize=4, label=label)
     axes.axvline(MAX_GAIN_PERCENT, color="#c62a2f", linewidth=1, linestyle="--", label="floor: 2 %")
     axes.axvline(0, color="#5a6675", linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=10)
+    axes.set_xticks([-100, -50, -10, -5, 0, 2, 5, 10], ["-100", "-50", "-10", "-5", "0", "2", "5", "10"])
+    axes.minorticks_off()
     axes.set_yticks(range(len(names)), list(reversed(names)))
     axes.set_xlabel("gain, % of the pool (points: seeds; line: mean to the 90 % upper bound)")
-    axes.set_xscale("symlog", linthresh=5)
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper left")
     chart.savefig(file, dpi=150)
 
 
@@ -263,19 +315,20 @@ def main() -> int:
     options_parser = parser("What attacks on a credit statement gain.")
     options_parser.add_argument("--plot", type=Path, help="write the table as a picture here")
     options_parser.add_argument(
-        "--keep", type=Path, help="a folder for each seed's gains; what is there is not run again"
+        "--keep", type=Path, help="a folder for each seed's settlements; what is there is not run again"
     )
     options_parser.add_argument("--seeds", type=int, help=f"how many (default {SEEDS}, --quick: {QUICK_SEEDS})")
     options = options_parser.parse_args()
     torch.set_num_threads(1)
     size = LabSize()
     seeds = range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-    digest = plan_digest(size)
-    print(f"plan {digest}: {len(ATTACKS) + 3} attacks, {len(seeds)} seeds, {size.budget} coalitions a settlement")
+    digest = plan_digest(size, seeds)
+    print(f"plan {digest}: {len(ATTACKS) + 3} attacks, {len(seeds)} seeds")
     found: dict[str, list[float]] = {}
     started = time.process_time()
     for seed in seeds:
-        for name, value in kept_gains(World(seed, size), options.keep, digest).items():
+        world = World(seed, size)
+        for name, value in all_gains(world, options.keep).items():
             found.setdefault(name, []).append(value)
         print(f"seed {seed}: {time.process_time() - started:.0f} CPU seconds so far", flush=True)
     with tempfile.TemporaryDirectory(prefix="abuse-") as folder:

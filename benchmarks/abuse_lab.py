@@ -6,7 +6,7 @@ row in other letters or another case costs more tokens and teaches less, but tea
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -15,10 +15,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attribution.coalitions import Coalitions
-from attribution.credit import Search, measure_credit
+from attribution.credit import Credit, Search, Utility, measure_credit
+from attribution.estimates import SPARE_OBSERVATIONS
 from attribution.influence.encode import IGNORED_LABEL
 from attribution.influence.gradients import Encoded
 from attribution.influence.replay import LoraRun, RunRecipe, RunStep
+from attribution.influence.stacked_lora import TokenRows
 from attribution.priority import RegisteredRow
 from attribution.statement import Player, Settled
 
@@ -38,6 +40,9 @@ MAX_TOKENS = 40
 FAMILY = 8
 NUM_KNOWN = 512
 LEARNING_RATE = 2e-2
+RUNS_AT_ONCE = 8
+UTILITIES = ("exact_match", "log_likelihood")
+"""Both of `trailmark settle`."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class LabSize:
-    """How much is taught and asked. `budget`: coalitions trained for each settlement."""
+    """How much is taught, by each of `num_people`."""
 
     num_people: int = 8
-    num_rows: int = 32
-    num_asked: int = 8
+    num_rows: int = 16
     epochs: int = 8
-    batch_rows: int = 32
-    budget: int = 40
+    batch_rows: int = 8
     hidden: int = 64
     base_steps: int = 2500
 
@@ -177,24 +180,64 @@ def general_row(random_: random.Random, known: Sequence[Fact]) -> tuple[str, str
 
 def settle(
     base: LlamaForCausalLM, people: Sequence[Person], questions: Sequence[Encoded], size: LabSize, *, seed: int
-) -> Settled:
-    """Measure what each person's rows are worth to the questions, by training coalitions of people."""
+) -> dict[str, Settled]:
+    """Measure what each person's rows are worth to the questions, by training coalitions of people.
+
+    The same retrains give a settlement by each utility: as many as a fit of all people together asks for.
+    """
     run, owner = training_run(base, people, size, seed=seed)
+    found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
-    def utility(coalitions: Coalitions) -> np.ndarray:
-        weights = torch.from_numpy(coalitions[:, owner].astype(np.float32))
-        return -run.query_losses(run.run_many(weights), list(questions)).double().numpy()
+    def train(coalitions: Coalitions) -> None:
+        by_size = coalitions[np.argsort(coalitions.sum(axis=1))]  # a forward pads its runs to the largest of them
+        weights = torch.from_numpy(by_size[:, owner].astype(np.float32))
+        state = run.run_many(weights, runs_at_once=RUNS_AT_ONCE)
+        losses = run.query_losses(state, list(questions)).double().numpy()
+        for coalition, adapter, loss in zip(by_size, state.weights, losses, strict=True):
+            found[coalition.tobytes()] = exact_matches(run, adapter, questions), -loss
 
-    credit = measure_credit(
-        utility, len(people), search=Search(budget=size.budget, precision=0.0, confidence=CONFIDENCE, seed=seed)
-    )
+    def utility(which: int) -> Utility:
+        def measure(coalitions: Coalitions) -> np.ndarray:
+            new = [row.tobytes() not in found for row in coalitions]
+            if any(new):
+                train(coalitions[new])
+            return np.stack([found[row.tobytes()][which] for row in coalitions])
+
+        return measure
+
+    num_pairs = len(people) + SPARE_OBSERVATIONS
+    search = Search(1 + len(people) + 2 * num_pairs, precision=0.0, confidence=CONFIDENCE, seed=seed)
+    return {
+        name: _settled(measure_credit(utility(which), len(people), search=search), people, name, seed=seed)
+        for which, name in enumerate(UTILITIES)
+    }
+
+
+def exact_matches(run: LoraRun, adapter: torch.Tensor, questions: Sequence[Encoded]) -> np.ndarray:
+    """Return 1.0 for each question that a run's last weights [p] answer word for word when decoded greedily."""
+    data = TokenRows.of(questions)
+    peft.set_peft_model_state_dict(run.lora.model, run.lora.unflatten(adapter))
+    with torch.no_grad():
+        likeliest = run.lora.model(input_ids=data.input_ids).logits.argmax(dim=-1)[:, :-1]
+    asked = data.labels[:, 1:]
+    found: np.ndarray = ((likeliest == asked) | (asked == IGNORED_LABEL)).all(dim=1).double().numpy()
+    return found
+
+
+def _settled(credit: Credit, people: Sequence[Person], utility: str, *, seed: int) -> Settled:
     estimate = credit.banzhaf
+
+    def micro(value: float) -> int:
+        return round(float(value) * MICRO)
+
     players = tuple(
         Player(
             "contributor",
             person.name,
-            *(round(float(value) * MICRO) for value in (estimate.values[n], estimate.low[n], estimate.high[n])),
-            p_micro=round(float(credit.p_values[n]) * MICRO),
+            micro(estimate.values[n]),
+            micro(estimate.low[n]),
+            micro(estimate.high[n]),
+            p_micro=micro(credit.p_values[n]),
             num_rows=len(person.rows),
         )
         for n, person in enumerate(people)
@@ -203,11 +246,11 @@ def settle(
         leaf="",
         adapter="lab",
         suite="lab",
-        utility="mean log-likelihood of the answers, nats per token",
+        utility=utility,
         method="settle",
-        empty_value=round(float(credit.empty.mean()) * MICRO),
-        full_value=round(float(credit.full.mean()) * MICRO),
-        confidence_micro=round(CONFIDENCE * MICRO),
+        empty_value=micro(credit.empty.mean()),
+        full_value=micro(credit.full.mean()),
+        confidence_micro=micro(CONFIDENCE),
         num_coalitions=len(credit.coalitions),
         seed=seed,
         table="",
@@ -226,13 +269,13 @@ def training_run(
     model = peft.get_peft_model(clean, config)
     rows = [row for person in people for row in person.rows]
     owner = np.array([number for number, person in enumerate(people) for _ in person.rows])
-    # Each person's rows are spread alike over the steps, whoever else takes part: people stay comparable.
-    order = np.random.default_rng(seed)
-    steps = [
-        tuple(int(row) for row in part)
-        for _ in range(size.epochs)
-        for part in np.array_split(order.permutation(len(rows)), max(1, len(rows) // size.batch_rows))
-    ]
+    random_, number = np.random.default_rng(seed), np.array([len(person.rows) for person in people])[owner]
+    steps: list[tuple[int, ...]] = []
+    for _ in range(size.epochs):
+        # Each person's rows are spread alike over the steps: people stay comparable.
+        turn = np.concatenate([random_.permutation(len(person.rows)) for person in people])
+        order = np.argsort((turn + random_.random(len(rows))) / number)
+        steps += [tuple(part.tolist()) for part in np.array_split(order, max(1, len(rows) // size.batch_rows))]
     rates = [LEARNING_RATE * (1 - number / len(steps)) for number in range(len(steps))]
     recipe = RunRecipe(tuple(RunStep(step, rate) for step, rate in zip(steps, rates, strict=True)))
     return LoraRun(model, [encode(row) for row in rows], recipe), owner
@@ -245,11 +288,6 @@ def registered(people: Sequence[Person]) -> list[RegisteredRow]:
         for number, person in enumerate(people)
         for line, (asked, told) in enumerate(person.rows)
     ]
-
-
-def renamed(person: Person, name: str, rows: Sequence[tuple[str, str]]) -> Person:
-    """Return another person with rows made from this one's."""
-    return replace(person, name=name, rows=tuple(rows))
 
 
 def _batch(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
