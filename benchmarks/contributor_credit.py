@@ -301,8 +301,9 @@ def plot(results: Sequence[SeedResult], file: Path) -> None:
     scores, covers = over_seeds(results)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
     for name, budgets in scores.items():
-        if len(budgets) > 1:
-            left.plot(list(budgets), [one.cells for one in budgets.values()], marker="o", label=name)
+        if set(budgets) <= set(BUDGETS):
+            marker = "o" if len(budgets) > 1 else "*"
+            left.plot(list(budgets), [one.cells for one in budgets.values()], marker=marker, markersize=8, label=name)
         else:
             left.axhline(next(iter(budgets.values())).cells, linestyle=":", color="grey", linewidth=1)
             left.annotate(name, (BUDGETS[-1], next(iter(budgets.values())).cells), ha="right", va="bottom", fontsize=7)
