@@ -129,9 +129,8 @@ def settle(
     )
     task = task_of(trail, subject, game, plan, items=items)
     tell = progress or _ignore
-    most = min(settings.budget + 1, 2 ** len(game.players))  # the empty coalition costs nothing
     with _Pool(task, settings) as pool:
-        retrains = Retrains(trail, game, plan, pool, tell=tell, most=most)
+        retrains = Retrains(trail, game, plan, pool, tell=tell, budget=settings.budget)
         tell(retrains.announce(settings))
         if dry_run:
             return None
@@ -151,10 +150,11 @@ class Retrains:
     """The utility that `measure_credit` asks: coalitions from the cache, the others from the pool."""
 
     def __init__(
-        self, trail: "Trail", game: Game, plan: SettlePlan, pool: "_Pool", *, tell: Progress, most: int
+        self, trail: "Trail", game: Game, plan: SettlePlan, pool: "_Pool", *, tell: Progress, budget: int
     ) -> None:
         self._cells = Cells(trail.home, game, _setting(plan))
-        self._game, self._pool, self._tell, self._most = game, pool, tell, most
+        self._game, self._pool, self._tell = game, pool, tell
+        self._most = min(budget + 1, 2 ** len(game.players))  # the empty coalition costs nothing
         self.measured: dict[bytes, Measured] = {}
         self.num_reused = 0
 
