@@ -2,7 +2,8 @@
 
 Requests queue up. The thread whose request stands first commits all that wait then, its own among them, hands each
 its result and lets the next one lead. Threads that were served together tend to come back together: a leader waits for
-as many as the last group had, at most half as long as that commit took. So a lone thread waits for nobody.
+as many as the last group had, at most twice as long as that commit took: two groups that take turns cost two commits.
+So a lone thread waits for nobody.
 """
 
 import threading
@@ -42,33 +43,41 @@ class GroupCommit(Generic[Request, Result]):
 
     def submit(self, request: Request) -> Result:
         """Return the result of a request once the group it fell into was committed; raise what it failed with."""
-        ticket: _Ticket[Request, Result] = _Ticket(request)
+        (outcome,) = self.submit_each([request])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def submit_each(self, requests: Sequence[Request]) -> list[Result | Exception]:
+        """Return for each of some requests, which queue up together, its result or what it failed with."""
+        tickets: list[_Ticket[Request, Result]] = [_Ticket(request) for request in requests]
         with self._changed:
-            self._waiting.append(ticket)
+            self._waiting.extend(tickets)
             self._arrived.notify()
-            group = self._group_to_lead(ticket)
-        if group:
-            self._lead(group)
-        if isinstance(ticket.outcome, Exception):
-            raise ticket.outcome
-        return cast(Result, ticket.outcome)
+        try:
+            for ticket in tickets:
+                if group := self._group_to_lead(ticket):
+                    self._lead(group)
+        except BaseException:  # interrupted: requests that nobody commits yet are taken back
+            with self._changed:
+                self._waiting = deque(ticket for ticket in self._waiting if ticket not in tickets)
+                self._changed.notify_all()
+            raise
+        return [cast("Result | Exception", ticket.outcome) for ticket in tickets]
 
     def _group_to_lead(self, ticket: _Ticket[Request, Result]) -> list[_Ticket[Request, Result]]:
         """Wait until a ticket is done, and return nothing, or first in an idle queue, and return the group to lead."""
-        leads = False
-        try:
+        with self._changed:
             self._changed.wait_for(lambda: ticket.is_done or self._may_lead(ticket))
             if ticket.is_done:
                 return []
-            self._is_led = leads = True
-            self._arrived.wait_for(lambda: len(self._waiting) >= self._last_size, self._last_s / 2)
+            self._is_led = True
+            try:
+                self._arrived.wait_for(lambda: len(self._waiting) >= self._last_size, self._last_s * 2)
+            except BaseException:
+                self._is_led = False
+                raise
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_requests))]
-        except BaseException:  # interrupted: a request that nobody commits yet is taken back
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-            self._is_led = self._is_led and not leads
-            self._changed.notify_all()
-            raise
 
     def _may_lead(self, ticket: _Ticket[Request, Result]) -> bool:
         return not self._is_led and bool(self._waiting) and self._waiting[0] is ticket

@@ -190,9 +190,12 @@ class Trail:
             return outcome
 
     def record_each(self, requests: Sequence[Sequence[Draft]]) -> list[list[Entry] | Exception]:
-        """Append several callers' drafts in one commit; return each one's entries, or the error that is its own."""
+        """Append several callers' drafts; return each one's entries, or the error that is its own.
+
+        They share a commit with each other and with other threads'.
+        """
         finish_rotations(self)
-        return self._commit(requests)
+        return self._commits.submit_each([tuple(drafts) for drafts in requests])
 
     def delete_record(self, leaf_hash: str) -> bool:
         """Remove a record and its salt for good; return whether they were there. Its leaf and all proofs stay.

@@ -85,6 +85,35 @@ def test_an_interrupted_leader_leaves_the_others_to_go_on(monkeypatch: pytest.Mo
     assert commits.submit(4) == 40
 
 
+def test_requests_submitted_together_share_a_commit_with_other_threads_and_each_has_its_outcome() -> None:
+    recorder = Recorder()
+    commits = GroupCommit(recorder, max_requests=10)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(commits.submit, 0)
+        assert recorder.has_begun.wait(TIMEOUT_S)
+        several = pool.submit(commits.submit_each, [2, 3, 4])
+        one = pool.submit(commits.submit, 6)
+        while len(commits._waiting) < 4:
+            pass
+        recorder.may_go.set()
+        found = several.result(TIMEOUT_S)
+        assert (first.result(TIMEOUT_S), one.result(TIMEOUT_S), found[0], str(found[1]), found[2]) == (
+            *(0, 60, 20, "3 is odd", 40),
+        )
+    assert len(recorder.groups) == 2 and sorted(recorder.groups[1]) == [2, 3, 4, 6]
+
+
+def test_requests_submitted_together_that_were_interrupted_are_all_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    recorder.may_go.set()
+    commits = GroupCommit(recorder, max_requests=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(commits._arrived, "wait_for", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            commits.submit_each([2, 4, 6])
+    assert commits.submit(8) == 80 and recorder.groups == [[8]]
+
+
 def test_many_threads_each_get_their_own_result() -> None:
     recorder = Recorder()
     recorder.may_go.set()
