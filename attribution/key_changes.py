@@ -159,8 +159,13 @@ def revoke(
     operator = trail.keys.get(OPERATOR)
     body = KeyRevocationBody(name, current.role, key_id, moment if from_us is None else from_us, reason)
     draft = Draft("key_revocation", body, contributors=[Party(operator.key_id, "operator")])
-    trust = TrustFile(trail.home)
-    entries += trail.record_many([draft], then=lambda _: trust.revoke(key_id, from_us=body.from_us, reason=reason))
+
+    def tell(appender: "Appender") -> None:
+        envelope = trail.entry(trail.log.size - 1).envelope
+        assert envelope is not None
+        TrustFile(trail.home).revoke(body, record=envelope)
+
+    entries += trail.record_many([draft], then=tell)
     return entries
 
 
@@ -211,11 +216,12 @@ def _install(trail: "Trail", body: KeyRotationBody, entry: "Entry") -> None:
     from attribution.log.publisher import follow_log_key
 
     trust = TrustFile(trail.home)
+    assert entry.envelope is not None
     if body.role == "log":
-        trust.rotate_log(bytes.fromhex(body.public_key), last_size=entry.index + 1)
+        trust.rotate_log(bytes.fromhex(body.public_key), last_size=entry.index + 1, record=entry.envelope)
         follow_log_key(trail.home, NoteKey(trail.log.key.name, bytes.fromhex(body.public_key)))
     elif body.role == "operator":
-        trust.rotate_operator(body.key_id, body.public_key, old_key_id=body.old_key_id, time_us=entry.leaf.time_us)
+        trust.rotate_operator(body, time_us=entry.leaf.time_us, record=entry.envelope)
     _move_files(trail.keys.directory, body)
 
 

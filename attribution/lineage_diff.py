@@ -172,6 +172,7 @@ def _version_before(trail: "Trail", text: str) -> str:
     versions = sorted(item.version for item in trail.registry.list() if item.name == name)
     earlier = [version for version in versions if version < int(match["version"])] if match else versions[:-1]
     if not earlier:
+        LineageQueries.of(trail).resolve(text)  # a name that nobody has is told first, with the nearest
         raise LineageError(f"{text!r}: no earlier published version to compare with; give two names, digests or leaves")
     return f"{name}@{earlier[-1]}"
 

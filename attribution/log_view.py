@@ -1,8 +1,10 @@
 """An SQLite file that follows the log: it takes in what the log has gained, and is made again when it is lost."""
 
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +42,18 @@ class LogView:
             database = self._open()
         with closing(database):
             yield database
+
+    def differences(self) -> list[str]:
+        """Return in words every way in which the file differs from one made from the log this moment."""
+        while True:
+            with self.open() as database, closing(sqlite3.connect("")) as fresh:
+                database.execute("BEGIN")  # what another process takes in meanwhile is not seen
+                size = self._next_index(database)
+                fresh.executescript(self._schema)
+                self._take_in(fresh, 0)
+                if size != self._trail.log.size:
+                    continue  # the log has grown in between
+                return [text for table in self._tables if (text := _difference(database, fresh, table))]
 
     def remove(self) -> None:
         """Delete the file; the next `open` reads the whole log."""
@@ -81,3 +95,15 @@ class LogView:
         log = self._trail.log
         is_ours = row is not None and 0 < row[0] <= log.size and log.leaf_hash(row[0] - 1) == row[1]
         return int(row[0]) if is_ours else 0
+
+
+def _difference(database: sqlite3.Connection, fresh: sqlite3.Connection, table: str) -> str:
+    """How many rows of a table stand in one of two files alone, "" for none. Rows are compared by their SHA-256."""
+    here, there = (Counter(_digests(one, table)) for one in (database, fresh))
+    missing, strange = (there - here).total(), (here - there).total()
+    return f"table {table}: {missing} rows missing, {strange} not of the log" if missing or strange else ""
+
+
+def _digests(database: sqlite3.Connection, table: str) -> Iterator[bytes]:
+    for row in database.execute(f"SELECT rowid, * FROM {table}"):
+        yield sha256(repr(row).encode("utf-8", "surrogatepass")).digest()

@@ -39,7 +39,7 @@ class Violation:
 
 @dataclass
 class Report:
-    """What one run saw. `checked` counts by check."""
+    """What one run saw. `checked` counts by check; `views` says of each view whether it equals the log."""
 
     origin: str
     size: int
@@ -47,6 +47,7 @@ class Report:
     first: int
     checked: dict[str, int] = field(default_factory=dict)
     violations: list[Violation] = field(default_factory=list)
+    views: dict[str, str] = field(default_factory=dict)
 
     def count(self, check: str, number: int = 1) -> None:
         """Note that a check was made."""

@@ -22,6 +22,7 @@ CREATE TABLE IF NOT EXISTS record (
 CREATE INDEX IF NOT EXISTS record_by_kind ON record (kind, log_index);
 CREATE VIRTUAL TABLE IF NOT EXISTS content USING fts5 (text, tokenize = 'trigram');
 """
+NAMING_KINDS = ("contributor", "key_rotation")
 TRIGRAM = 3  # shorter words are looked for in labels alone
 
 
@@ -65,8 +66,26 @@ class SearchIndex:
             )
             return {str(kind): int(count) for kind, count in rows}
 
+    @property
+    def exists(self) -> bool:
+        """Whether anybody searched yet."""
+        return self._view.path.is_file()
+
+    def check(self) -> list[str]:
+        """Return in words every way in which the index is not what the log makes of it."""
+        problems = self._view.differences()
+        with self._view.open() as database:
+            try:
+                database.execute("INSERT INTO content (content) VALUES ('integrity-check')")
+            except sqlite3.OperationalError:
+                raise  # locked or out of disk: not damage
+            except sqlite3.DatabaseError as error:
+                problems.append(f"words: {error}")
+        return problems
+
     def _take_in(self, database: sqlite3.Connection, start: int) -> None:
         names = self._lineage.contributor_names()
+        erased_names = False
         for entry in self._trail.entries(start=start):
             _insert(database, entry, names)
             if entry.record is not None and isinstance(entry.record.body, RedactionBody):
@@ -74,6 +93,9 @@ class SearchIndex:
                 for table, column in (("record", "log_index"), ("content", "rowid")):
                     database.execute(f"DELETE FROM {table} WHERE {column} = ?", (erased.index,))
                 _insert(database, erased, names)
+                erased_names |= erased.leaf.kind in NAMING_KINDS and erased.index < start
+        if erased_names:  # they stand in the text of other records too
+            self._take_in(database, 0)
 
 
 def _conditions(words: Sequence[str], kind: str) -> tuple[list[str], list[str | int]]:

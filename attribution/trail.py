@@ -22,6 +22,7 @@ from attribution.keys import KeyRing, SigningKey
 from attribution.log.note import NoteKey, Signs
 from attribution.log.published import TILES, published_proofs
 from attribution.log.sequencer import Appender, Log, OutcomeUnknown, file_lock, refusing
+from attribution.log.trust import trust_bytes
 from attribution.private_records import PrivateRecords
 from attribution.provenance import environment_digest, environment_manifest
 from attribution.records import (
@@ -445,7 +446,7 @@ def _create(home: Path, disk: Disk) -> None:
             "log": str(NoteKey(origin, log_key.public_bytes)),
             "keys": {operator.key_id: operator.public_hex},
         }
-        write_atomically(home / TRUST_FILE, json.dumps(trust, indent=2).encode() + b"\n", disk=disk)
+        write_atomically(home / TRUST_FILE, trust_bytes(trust), disk=disk)
 
 
 def is_leaf(data: bytes) -> bool:

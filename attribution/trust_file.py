@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attribution.bodies import KeyRevocationBody, KeyRotationBody
 from attribution.disk import write_atomically
 from attribution.keys import KeyRing
 from attribution.log.note import NoteKey, Signs
 from attribution.log.policy import with_log_key
 from attribution.log.sequencer import LogKeys
+from attribution.log.trust import trust_bytes
 
 OPERATOR, LOG_KEY = "operator", "log"
 TRUST_FILE = "trust.json"
@@ -55,7 +57,7 @@ class TrustFile:
         value: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
         return value
 
-    def rotate_log(self, public_bytes: bytes, *, last_size: int) -> None:
+    def rotate_log(self, public_bytes: bytes, *, last_size: int, record: bytes) -> None:
         """Put a new log key in the place of the old one, which signed up to `last_size` entries. Safe to repeat."""
         value = self.read()
         old = NoteKey.parse(value["log"])
@@ -65,28 +67,27 @@ class TrustFile:
         value["log"] = str(new)
         if "policy" in value:
             value["policy"] = with_log_key(value["policy"], new)
-        self._add(value, "former", {"role": "log", "log": str(old), "last_size": last_size})
+        self._add(value, "former", {"role": "log", "log": str(old), "last_size": last_size}, record)
 
-    def rotate_operator(self, key_id: str, public_hex: str, *, old_key_id: str, time_us: int) -> None:
+    def rotate_operator(self, body: KeyRotationBody, *, time_us: int, record: bytes) -> None:
         """Put a new operator key in the place of the old one. Safe to repeat."""
         value = self.read()
-        old_public = value["keys"].pop(old_key_id, None)
+        old_public = value["keys"].pop(body.old_key_id, None)
         if old_public is None:
             return
-        value["keys"][key_id] = public_hex
-        former = {"role": "operator", "key_id": old_key_id, "public_key": old_public, "until_us": time_us}
-        self._add(value, "former", former)
+        value["keys"][body.key_id] = body.public_key
+        former = {"role": "operator", "key_id": body.old_key_id, "public_key": old_public, "until_us": time_us}
+        self._add(value, "former", former, record)
 
-    def revoke(self, key_id: str, *, from_us: int, reason: str) -> None:
-        """Note that a key's signatures do not count from a time on. Safe to repeat."""
-        value = self.read()
-        entry = {"key_id": key_id, "from_us": from_us, "reason": reason}
-        if entry not in value.get("revoked", []):
-            self._add(value, "revoked", entry)
+    def revoke(self, body: KeyRevocationBody, *, record: bytes) -> None:
+        """Note that a key's signatures do not count from a time on."""
+        entry = {"key_id": body.key_id, "from_us": body.from_us, "reason": body.reason}
+        self._add(self.read(), "revoked", entry, record)
 
-    def _add(self, value: dict[str, Any], name: str, entry: dict[str, Any]) -> None:
-        value[name] = [entry, *value.get(name, [])]
-        write_atomically(self._path, json.dumps(value, indent=2).encode() + b"\n")
+    def _add(self, value: dict[str, Any], name: str, entry: dict[str, Any], record: bytes) -> None:
+        """Add an entry with the signed record (an envelope's bytes) that it comes from."""
+        value[name] = [{**entry, "record": json.loads(record)}, *value.get(name, [])]
+        write_atomically(self._path, trust_bytes(value))
 
 
 def _former_logs(value: Mapping[str, Any]) -> tuple[NoteKey, ...]:

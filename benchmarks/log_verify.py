@@ -30,6 +30,7 @@ from attribution.log.merkle import Tree, hash_leaf
 from attribution.log.note import Checkpoint, NoteKey, sign_checkpoint
 from attribution.log.proof import format_proof
 from attribution.log.publisher import policy_of
+from attribution.log.trust import trust_bytes
 from attribution.log.verify import Trust, verify_bytes, verify_file
 from attribution.receipt_file import ReceiptFile, Signature, expanded
 from attribution.receipts import receipt_commitment
@@ -96,7 +97,7 @@ def grown(
     listed = [(f"w{n}", "", [cosigner.key]) for n, cosigner in enumerate(cosigners, 1)]
     log_key = NoteKey(named, log.public_bytes)
     trust = {"version": 1, "log": str(log_key), "keys": {key.key_id: key.public_hex}}
-    (folder / "trust.json").write_bytes(small_json({**trust, "policy": policy_of(listed, log_key, "all")}))
+    (folder / "trust.json").write_bytes(trust_bytes({**trust, "policy": policy_of(listed, log_key, "all")}))
     return small_json(to_plain(replace(file, proof=proof), "receipt")), Trust.load(folder / "trust.json")
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attribution.log.note import NoteKey
+from attribution.log.policy import LOCAL_MARK
 from attribution.log.publisher import POLICY_FILE, WITNESSES, WitnessState, load_outcome, policy_of
 from attribution.log.sequencer import file_lock
+from attribution.log.trust import trust_bytes
 from attribution.log.witness import Witness
 from attribution.store import write_atomically
 from attribution.trail import TRUST_FILE
@@ -22,7 +24,6 @@ from cluster.state import ClusterState, Part
 from configs.errors import UserError
 from configs.schema import WitnessSettings
 
-MARK = "# The local witnesses, written by `trailmark up`. Take this line out to keep what you write here."
 START_TIMEOUT_S = 120.0
 
 
@@ -42,17 +43,38 @@ def spawn_missing_witnesses(
     Raises:
         UserError: a port is taken.
     """
-    ports = {f"witness-{number}": port for number, port in enumerate(settings.ports, 1)}
+    ports = _ports(settings)
     missing = {name: port for name, port in ports.items() if not state.is_alive(name)}
     for port in missing.values():
         require_free_port("witness.ports", port)
     if missing:
-        _write_policy(home, settings, {name: _ensure_witness(home, name, settings) for name in ports}, ports)
+        prepare_witnesses(home, settings)
     parts = [_spawn_witness(home, name, port, environment) for name, port in missing.items()]
     if not state.is_alive("publisher"):
         command = [*_trailmark(), "log", "tiles", "--follow", "--interval-s", str(settings.publish_interval_s)]
         parts.append(spawn("publisher", str(home / "tiles"), command, home=home, environment=environment))
     return parts
+
+
+def prepare_witnesses(home: Path, settings: WitnessSettings) -> None:
+    """Make the witnesses' folders, and write HOME/policy and the policy in trust.json, unless somebody wrote their own.
+
+    Raises:
+        UserError: the quorum asks for more witnesses than there are.
+    """
+    ports = _ports(settings)
+    witnesses = {name: _ensure_witness(home, name, settings) for name in ports}
+    if settings.quorum > len(ports):
+        raise UserError(f"witness.quorum = {settings.quorum}: there are {len(ports)} witness.ports")
+    key, quorum = _log_key(home), str(settings.quorum or "none")
+    listed = [(name, _url(ports[name]), witness.keys) for name, witness in witnesses.items()]
+    _write_unless_own(home / POLICY_FILE, f"{LOCAL_MARK}\n{policy_of(listed, key, quorum)}")
+    with file_lock(home / "log" / "lock"):
+        trust = json.loads((home / TRUST_FILE).read_text(encoding="utf-8"))
+        if trust.get("policy", LOCAL_MARK).startswith(LOCAL_MARK):
+            text = policy_of([(name, "", keys) for name, _, keys in listed], key, quorum)
+            trust["policy"] = f"{LOCAL_MARK}\n{text}"
+            write_atomically(home / TRUST_FILE, trust_bytes(trust))
 
 
 def wait_for_witnesses(home: Path, parts: Iterable[Part]) -> None:
@@ -100,23 +122,8 @@ def _spawn_witness(home: Path, name: str, port: int, environment: dict[str, str]
     return spawn(name, _url(port), command, home=home, environment=environment)
 
 
-def _write_policy(home: Path, settings: WitnessSettings, witnesses: dict[str, Witness], ports: dict[str, int]) -> None:
-    """Write HOME/policy, and the policy in trust.json, unless somebody wrote their own."""
-    if settings.quorum > len(ports):
-        raise UserError(f"witness.quorum = {settings.quorum}: there are {len(ports)} witness.ports")
-    key, quorum = _log_key(home), str(settings.quorum or "none")
-    listed = [(name, _url(ports[name]), witness.keys) for name, witness in witnesses.items()]
-    _write_unless_own(home / POLICY_FILE, f"{MARK}\n{policy_of(listed, key, quorum)}")
-    with file_lock(home / "log" / "lock"):
-        trust = json.loads((home / TRUST_FILE).read_text(encoding="utf-8"))
-        if trust.get("policy", MARK).startswith(MARK):
-            text = policy_of([(name, "", keys) for name, _, keys in listed], key, quorum)
-            trust["policy"] = f"{MARK}\n{text}"
-            write_atomically(home / TRUST_FILE, json.dumps(trust, indent=2).encode() + b"\n")
-
-
 def _write_unless_own(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text(encoding="utf-8").startswith(MARK):
+    if not path.exists() or path.read_text(encoding="utf-8").startswith(LOCAL_MARK):
         write_atomically(path, text.encode())
 
 
@@ -126,6 +133,11 @@ def _log_key(home: Path) -> NoteKey:
 
 def _trailmark() -> list[str]:
     return [sys.executable, "-P", "-m", "cluster"]
+
+
+def _ports(settings: WitnessSettings) -> dict[str, int]:
+    """Port by name of each local witness."""
+    return {f"witness-{number}": port for number, port in enumerate(settings.ports, 1)}
 
 
 def _url(port: int) -> str:

@@ -24,6 +24,7 @@ from attribution.log.note import (
 from configs.errors import UserError
 
 NO_QUORUM = "none"
+LOCAL_MARK = "# The local witnesses, written by `trailmark up`. Take this line out to keep what you write here."
 LogKey = NoteKey | CosignerKey
 _BETWEEN = re.compile(r"[ \t]+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -166,6 +167,12 @@ class Policy:
         nested = {item.name for item in self.groups}
         members = [f"({self._describe(member)})" if member in nested else member for member in group.members]
         return f"{group.threshold} of {', '.join(members)}"
+
+
+def plain_text(text: str) -> str:
+    """Return a policy's text without comments and empty lines, its words one space apart."""
+    lines = [" ".join(_BETWEEN.split(line.strip(" \t"))) for line in text.split("\n")]
+    return "".join(f"{line}\n" for line in lines if line and not line.startswith("#"))
 
 
 def with_log_key(text: str, key: NoteKey) -> str:

@@ -151,6 +151,7 @@ class Session:
             assert proved.record is not None
             signers[proved.leaf_hash] = self.history.check(proved.index, proved.record, envelope, what)
         self.history.require_unrevoked()
+        self.trust.require_agreement(self.notices)
         return [replace(item, signers=signers.get(item.leaf_hash, ())) for item in records]
 
     def prove_lineage(self, values: Any) -> list[ProvedRecord]:
@@ -169,12 +170,14 @@ class Session:
         """Return the result, with the facts every file has; `beside` verified a second file that goes with it."""
         assert self.checkpoint is not None, "a file holds at least one proof"
         whose = {**({} if beside is None else beside._whose()), **self._whose()}
-        common = {
+        common: dict[str, Any] = {
             "log": self.checkpoint.origin,
             "tree_size": self.checkpoint.size,
             "root": self.checkpoint.root.hex(),
             "keys": {str(self.log_key.key): "log", **dict(sorted(whose.items()))},
         }
+        if self.trust.digest:
+            common["trust"] = self.trust.digest
         if self.cosigned is not None:
             common["witnesses"] = {
                 name: utc(time_s * 1_000_000) for name, time_s in sorted(self.cosigned.times.items())

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from attribution.trail import Entry
 
 KEYS_OPTION = typer.Option("--keys", help="Trust file: {version, log, keys}. Default: trust.json of the home folder.")
+DIGEST_OPTION = typer.Option("--trust-digest", help="The trust file must have this SHA-256, as `verify` prints it.")
 OUT_OPTION = typer.Option("--out", "-o", help="Write to this file instead of the screen.")
-SHOWN_LAST = ("log", "tree_size", "root", "witnesses", "keys")
+SHOWN_LAST = ("log", "tree_size", "root", "trust", "witnesses", "keys")
 
 
 class _FileByDefault(TyperGroup):
@@ -49,6 +50,7 @@ def verify(
         Path | None, typer.Option(help="Ancestry of the receipt's adapter, from `trailmark log ancestry`.")
     ] = None,
     keys: Annotated[Path | None, KEYS_OPTION] = None,
+    trust_digest: Annotated[str | None, DIGEST_OPTION] = None,
     policy: Annotated[
         Path | None, typer.Option(help="A tlog-policy file: witnesses, and how many must have cosigned.")
     ] = None,
@@ -59,7 +61,7 @@ def verify(
     from configs.env import home
 
     def check() -> "Verified":
-        trust = Trust.load(keys or home() / "trust.json")
+        trust = Trust.load(keys or home() / "trust.json", digest=trust_digest)
         trusted = trust if policy is None else trust.with_policy_of(policy)
         return verify_file(file, trust=trusted, ancestry=ancestry)
 
@@ -72,6 +74,7 @@ def adapter(
         str, typer.Argument(metavar="DIR|ADAPTER", help="An exported folder, or NAME@VERSION, NAME or digest.")
     ],
     keys: Annotated[Path | None, KEYS_OPTION] = None,
+    trust_digest: Annotated[str | None, DIGEST_OPTION] = None,
     signature: Annotated[Path | None, typer.Option(help="Model signature; default: model.sig beside DIR.")] = None,
     proof: Annotated[
         list[Path] | None, typer.Option(help="Record proof, repeatable; default: proof.json, *.proof.json beside DIR.")
@@ -92,7 +95,7 @@ def adapter(
         verify = partial(verify_adapter, folder, signature=signature, proofs=proof or ())
     else:
         verify = partial(verify_adapter_of, home(), target)
-    tell(target, lambda: verify(trust=Trust.load(trust_file)), as_json=as_json)
+    tell(target, lambda: verify(trust=Trust.load(trust_file, digest=trust_digest)), as_json=as_json)
 
 
 @log_app.command("show")

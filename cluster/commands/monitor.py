@@ -73,23 +73,31 @@ def _look(
     trust = Trust.load(keys or where / "trust.json")
     memory = Memory(state or cache_home() / "monitor" / sha256(trust.log.name.encode()).hexdigest()[:16])
     if url is not None:
-        return watch(UrlSource(url), memory, trust.history(), progress=_progress(quiet))
+        report = watch(UrlSource(url), memory, trust.history(), progress=_progress(quiet))
+        report.views["all"] = "not compared: they lie in the home, not among the tiles"
+        return report
     try:
         trail = Trail.open(where, create=False)
     except LogError as error:  # the files do not even lead to their own checkpoint
         return Report(trust.log.name, 0, "", memory.size, {"hashes": 1}, [Violation("hashes", None, str(error))])
     report = watch(TrailSource(trail), memory, trust.history(), trail=trail, full=full, progress=_progress(quiet))
     if views and report.size:
-        check_views(trail, report, mlflow_uri=mlflow or _mlflow_of(trail))
+        address, omitted = (mlflow, "") if mlflow else _mlflow_of(trail)
+        check_views(trail, report, mlflow_uri=address, no_mlflow=omitted)
+    else:
+        report.views["all"] = f"not compared: {'the log itself does not hold' if views else '--no-views'}"
     return report
 
 
-def _mlflow_of(trail: "Trail") -> str | None:
+def _mlflow_of(trail: "Trail") -> tuple[str | None, str]:
+    """The address of the home's MLflow, or None and why it cannot be asked."""
     from cluster.services import http_answers
     from cluster.state import load_state
 
     url = load_state(trail.home).mlflow_url
-    return url if url and http_answers(f"{url}/health") else None
+    if not url:
+        return None, "none runs for this home; --mlflow URL gives the address of another"
+    return (url, "") if http_answers(f"{url}/health") else (None, f"{url} does not answer")
 
 
 def _progress(quiet: bool) -> "Progress":
@@ -121,9 +129,12 @@ def _print(report: "Report", *, as_json: bool) -> None:
     word, colour = ("VIOLATED", "red") if report.violations else ("HOLDS", "green")
     num_new = report.size - report.first if report.size else 0
     typer.secho(f"{word}  {report.origin or 'log'}: {report.size} entries, {num_new} checked now", fg=colour, bold=True)
-    for check, number in sorted(report.checked.items()):
+    for check, number in sorted(item for item in report.checked.items() if not item[0].startswith("view ")):
         bad = sum(item.check == check for item in report.violations)
         typer.echo(f"  {'--' if bad else 'ok'}  {check:<14} {number} checked{f', {bad} do not hold' if bad else ''}")
+    for view, told in report.views.items():
+        mark = "ok" if told.startswith("equals") else "??" if told.startswith("not") else "--"
+        typer.echo(f"  {mark}  view {view:<9} {told}")
     for item in report.violations[:NUM_SHOWN]:
         place = "log" if item.index is None else f"entry {item.index}"
         typer.secho(f"  {item.check}: {place}: {item.detail}", fg="red", err=True)

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.commands.log import KEYS_OPTION, tell, verify_app
+from cluster.commands.log import DIGEST_OPTION, KEYS_OPTION, tell, verify_app
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from attribution.log.trust import Trust
     from attribution.log.verify import Verified
     from attribution.trail import Entry, Trail
 
@@ -91,6 +94,7 @@ def export(
 def verify(
     file: Annotated[Path, typer.Argument(help="statement.json of `trailmark statement export`.")],
     keys: Annotated[Path | None, KEYS_OPTION] = None,
+    trust_digest: Annotated[str | None, DIGEST_OPTION] = None,
     home: Annotated[
         Path | None, typer.Option(help="Home folder: hold receipts, settlements and rows to it as well.")
     ] = None,
@@ -105,13 +109,20 @@ def verify(
     if recheck and home is None:
         raise UserError(f"--recheck {recheck}: needs the home folder, whose data is trained on again; add --home HOME")
     trust = keys or (home or default_home()) / "trust.json"
-    check = partial(_check, file, trust, home, num_cells=recheck, seed=seed)
+    check = partial(_check, file, partial(_trust, trust, trust_digest), home, num_cells=recheck, seed=seed)
     tell(file, check, as_json=as_json)
 
 
-def _check(file: Path, keys: Path, home: Path | None, *, num_cells: int, seed: int | None) -> "Verified":
-    from attribution.log.proved import VerifyError
+def _trust(keys: Path, digest: str | None) -> "Trust":
     from attribution.log.trust import Trust
+
+    return Trust.load(keys, digest=digest)
+
+
+def _check(
+    file: Path, load_trust: "Callable[[], Trust]", home: Path | None, *, num_cells: int, seed: int | None
+) -> "Verified":
+    from attribution.log.proved import VerifyError
     from attribution.statement_recheck import settlements_of
     from attribution.statement_verify import check_home, verify_statement
     from attribution.trail import Trail
@@ -122,7 +133,7 @@ def _check(file: Path, keys: Path, home: Path | None, *, num_cells: int, seed: i
         data = file.read_bytes()
     except OSError as error:
         raise VerifyError("file", f"{file}: cannot be read: {error.strerror}") from error
-    verified, statement = verify_statement(data, trust=Trust.load(keys))
+    verified, statement = verify_statement(data, trust=load_trust())
     if home is None:
         return verified
     trail = Trail.open(home, create=False)

@@ -87,6 +87,9 @@ def test_refusals(story: Versions) -> None:
     trail = story.trail
     for older, newer, message in (
         ("support@1", None, "no earlier published version"),
+        ("nothing@1", None, "no record"),
+        ("suport@2", None, "support@2"),
+        ("suport", None, "support"),
         ("support@1", "tiny", "two of one kind"),
         ("support@1", "rule:length", "takes two records"),
         ("support@1", story.rows["mira"][0], "takes two records"),

@@ -12,12 +12,14 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from typer.testing import CliRunner
 
 from attribution.bodies import ApprovalBody, KeyRevocationBody, PublicationBody
 from attribution.erasure import erase, redactions
 from attribution.key_changes import revoke, rotate
 from attribution.keys import SigningKey
-from attribution.log.trust import Trust
+from attribution.lineage import Lineage
+from attribution.log.trust import Trust, trust_bytes
 from attribution.monitor import Report, watch
 from attribution.monitor_sources import TrailSource, UrlSource, tile_path
 from attribution.monitor_state import Memory
@@ -27,7 +29,10 @@ from attribution.receipt_index import ReceiptIndex
 from attribution.receipts import recent_receipts
 from attribution.records import Leaf, Party
 from attribution.registry import Registry
+from attribution.search_index import SearchIndex
 from attribution.trail import Draft, Trail
+from cluster import cli
+from cluster.state import ClusterState, save_state
 from configs.errors import UserError
 from tests.attribution.story import Story, tell
 
@@ -204,6 +209,40 @@ def _moved_receipt(story: Story) -> None:
         database.execute("UPDATE receipts SET inner_index = 3 WHERE inner_index = 4")
 
 
+def _search(story: Story) -> SearchIndex:
+    return SearchIndex(story.trail, Lineage(story.trail))
+
+
+def _lost_search_rows(story: Story) -> None:
+    with _search(story)._view.open() as database:
+        database.execute("DELETE FROM record WHERE log_index > 3")
+
+
+def _other_words(story: Story) -> None:
+    with _search(story)._view.open() as database:
+        database.execute("UPDATE content SET text = 'nothing' WHERE rowid = 4")
+
+
+def _unfound_words(story: Story) -> None:
+    """The text stands, but the index of its words does not have it."""
+    with _search(story)._view.open() as database:
+        database.execute("DELETE FROM content_data WHERE id = (SELECT max(id) FROM content_data)")
+
+
+def _invented_revocation(story: Story) -> None:
+    path = story.trail.home / "trust.json"
+    entry = {"key_id": "ab" * 32, "from_us": 5, "reason": "nobody said so"}
+    path.write_bytes(trust_bytes({**json.loads(path.read_text()), "revoked": [entry]}))
+
+
+def _longer_log_key(story: Story) -> None:
+    rotate(story.trail, "log")
+    path = story.trail.home / "trust.json"
+    value = json.loads(path.read_text())
+    value["former"][0]["last_size"] += 1
+    path.write_bytes(trust_bytes(value))
+
+
 TAMPERINGS = [
     (_time, "time"),
     (_unknown_parent, "parents"),
@@ -223,6 +262,11 @@ TAMPERINGS = [
     (_forgotten_revocation, "view trust"),
     (_lost_receipt, "view receipts"),
     (_moved_receipt, "view receipts"),
+    (_lost_search_rows, "view search"),
+    (_other_words, "view search"),
+    (_unfound_words, "view search"),
+    (_invented_revocation, "view trust"),
+    (_longer_log_key, "view trust"),
 ]
 
 
@@ -237,6 +281,40 @@ def test_each_broken_promise_is_caught_by_name(
     assert check in checks(caught), caught.violations
     again = look(story.trail, tmp_path / "state")
     assert check in checks(again), "what is at fault stays at fault in later runs"
+
+
+def test_each_view_is_said_to_be_compared_or_not(story: Story, tmp_path: Path) -> None:
+    trail = story.trail
+    views = look(trail, tmp_path / "state").views
+    assert list(views) == ["registry", "trust", "receipts", "lineage", "search", "mlflow"]
+    assert {name for name, told in views.items() if told == "equals the log"} == {"registry", "trust"}
+    assert all(told.startswith("not compared: ") for name, told in views.items() if name not in ("registry", "trust"))
+    recent_receipts(trail)
+    assert _search(story).find("Amara")
+    views = look(trail, tmp_path / "state").views
+    assert [name for name, told in views.items() if told != "equals the log"] == ["mlflow"]
+    _lost_search_rows(story)
+    assert look(trail, tmp_path / "state").views["search"].startswith("differs from the log")
+
+
+def test_a_name_that_was_erased_leaves_the_search_index(story: Story, tmp_path: Path) -> None:
+    trail = story.trail
+    assert len(_search(story).find("Amara")) > 1
+    party = Party(trail.keys.get("operator").key_id, "r")
+    erase(trail, [story.contributors[0].leaf_hash], reason="x", requester=party)
+    report = look(trail, tmp_path / "state")
+    assert report.views["search"] == "equals the log", report.violations
+
+
+def test_a_mlflow_that_does_not_answer_is_told(story: Story, tmp_path: Path) -> None:
+    save_state(story.trail.home, ClusterState("none", mlflow_url="http://127.0.0.1:9"))
+    arguments = ["monitor", "--dir", str(story.trail.home), "--state", str(tmp_path / "state")]
+    told = CliRunner().invoke(cli.app, arguments).output
+    assert "HOLDS" in told and "??  view mlflow    not compared: http://127.0.0.1:9 does not answer" in told, told
+    assert "ok  view registry  equals the log" in told
+    assert (
+        "??  view all       not compared: --no-views" in CliRunner().invoke(cli.app, [*arguments, "--no-views"]).output
+    )
 
 
 def test_a_leaf_that_is_none_is_caught(story: Story, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from attribution.keys import SigningKey
 from attribution.lineage import record_bundle
 from attribution.log.note import NoteKey
 from attribution.log.proved import VerifyError
+from attribution.log.trust import trust_bytes
 from attribution.log.verify import Trust, Verified, verify_bytes, verify_file
 from attribution.receipts import receipt_bundle
 from attribution.records import Artefact
@@ -276,7 +277,7 @@ def test_files_that_are_nothing(trust: Trust, data: bytes) -> None:
 )
 def test_bad_trust_files(story: Story, tmp_path: Path, change: dict[str, Any]) -> None:
     value = json.loads((story.trail.home / "trust.json").read_text())
-    (tmp_path / "trust.json").write_text(json.dumps({**value, **change}))
+    (tmp_path / "trust.json").write_bytes(trust_bytes({**value, **change}))
     with pytest.raises(VerifyError) as caught:
         Trust.load(tmp_path / "trust.json")
     assert caught.value.check == "keys"

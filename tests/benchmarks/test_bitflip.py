@@ -10,7 +10,8 @@ from benchmarks.bitflip import Target, measure
 
 def test_nothing_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert bitflip.main(["--max-bits", "60", "--check"]) == 0
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    figures, unproven = told["figures"], told["unproven"]
     assert [figure["name"] for figure in figures] == [
         "receipt file",
         "ancestry",
@@ -22,11 +23,15 @@ def test_nothing_passes(capsys: pytest.CaptureFixture[str]) -> None:
         "trust file: keys and policy",
         "tile",
         "entry bundle",
+        "trust.json of `up`",
+        "trust.json, keys changed",
+        "trust.json, digest demanded",
         "no quorum: witnesses told",
     ]
     assert {figure["num_bits"] for figure in figures[:8]} == {60}
     assert figures[2]["num_base64"] > 20, "unused bits of base64 are tried as well"
     assert sum(figure["num_passed"] + figure["num_crashed"] for figure in figures) == 0
+    assert len(unproven) == 3 and sum(figure["num_crashed"] for figure in unproven) == 0
 
 
 def test_a_careless_verifier_is_noticed() -> None:

@@ -9,14 +9,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from attribution.bodies import ApprovalBody
-from attribution.log.policy import Policy
+from attribution.log.policy import LOCAL_MARK, Policy
 from attribution.log.verify import Trust
 from attribution.trail import Trail
 from cluster import cli
 from cluster.local import status
 from cluster.processes import cluster_processes, free_port, stop_processes, wait_until
 from cluster.state import ClusterState, cluster_id_of, save_state
-from cluster.witnesses import MARK, describe_witnesses, spawn_missing_witnesses, wait_for_witnesses
+from cluster.witnesses import describe_witnesses, spawn_missing_witnesses, wait_for_witnesses
 from configs import env
 from configs.errors import UserError
 from configs.schema import WitnessSettings
@@ -97,7 +97,7 @@ def test_up_again_keeps_policy_and_trust(home: Path) -> None:
     assert trust.policy is not None
     assert trust.policy.describe() == "2 of witness-1, witness-2"
     assert all(witness.url is None for witness in trust.policy.witnesses), "readers need no addresses"
-    assert (home / "policy").read_text().startswith(MARK)
+    assert (home / "policy").read_text().startswith(LOCAL_MARK)
 
 
 def test_a_new_log_key_is_published_and_cosigned_at_once(home: Path, tmp_path: Path) -> None:
