@@ -1,6 +1,6 @@
 """Flips bits of everything a reader is handed, one at a time, and counts the changes that would pass.
 
-    python -m benchmarks.bitflip [--quick] [--check] [--out FILE]
+    python -m benchmarks.bitflip [--quick] [--only NAME] [--check] [--out FILE]
 
 The golden receipt of the tests, cosigned by two witnesses (Ed25519 and ML-DSA-44), is what a reader holds: receipt
 file, its adapter's ancestry, both in one bundle (these two with the Ed25519 witness alone), record proof, bare
@@ -326,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="5,000 bits of each instead of all")
     parser.add_argument("--max-bits", type=int, help="this many bits of each instead of all")
+    parser.add_argument("--only", default="", help="those whose name begins so")
     parser.add_argument("--check", action="store_true", help="exit 1 when a change passes or crashes the reader")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args(arguments)
@@ -336,9 +337,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         refused, unproven_targets = kept_targets(kept(Path(folder) / "home"), Path(folder))
         all_targets = [*targets(handed, Path(folder)), *refused]
-        figures = [measure(target, max_bits=max_bits) for target in all_targets]
-        unproven = [measure(target, max_bits=max_bits) for target in unproven_targets]
-    figures.append(measure_lenient(handed, max_bits=max_bits))
+        figures, unproven = (
+            [measure(target, max_bits=max_bits) for target in chosen if target.name.startswith(options.only)]
+            for chosen in (all_targets, unproven_targets)
+        )
+    if not options.only:
+        figures.append(measure_lenient(handed, max_bits=max_bits))
     for figure in (*figures, *unproven):
         tried = f"{figure.num_bits} of {8 * figure.num_bytes} bits, {figure.num_base64} base64 forms"
         verdict = "  no floor" if figure in unproven else "" if figure.is_good else f"  MISSED {figure.examples}"
