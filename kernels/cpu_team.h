@@ -5,12 +5,15 @@ leaves it when all of the work is done. Outside a parallel region one thread doe
 
 #include "cpu_vector.h"
 
-/* y = x W^T (+ bias) (+ y). y may be float32 where `out_dtype` says so, then without `add`. */
+/* y = x W^T (+ bias) (+ y). y may be float32 where `out_dtype` says so, then without `add`. next_w, next_I: the packed
+weight that the team multiplies by next, and its input size; NULL where that is not known. */
 typedef struct {
     void *y;
     const void *x, *w, *bias;
     int64_t num_rows, I, O;
     int add, out_dtype;
+    const void *next_w;
+    int64_t next_I;
 } Linear;
 
 /* Whether a product in this dtype wants num_rows * I floats of scratch. */
