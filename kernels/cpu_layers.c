@@ -48,14 +48,15 @@ static int64_t widest(const Step *s) {
     return most > heads ? most : heads;
 }
 
-/* The adapters of one group of one layer. bounds: where its modules' outputs begin, and the end. */
-static LoraCall lora_call(const Step *s, int64_t layer, int group, const int64_t *bounds) {
+/* The adapters of one group of one layer. bounds: where its modules' outputs begin, and the end. widened: where the group's
+product leaves x as float32, or NULL. */
+static LoraCall lora_call(const Step *s, const float *widened, int64_t layer, int group, const int64_t *bounds) {
     static const int64_t first[GROUPS] = {0, 3, 4, 6}, count[GROUPS] = {3, 1, 2, 1};
     void *outputs[GROUPS] = {s->qkv, s->normed, s->gate_up, s->delta};
     const void *inputs[GROUPS] = {s->normed, s->attended, s->normed, s->hidden};
     const int64_t sizes[GROUPS] = {s->I, s->H * s->D, s->I, s->F};
     return (LoraCall){outputs[group],
-                      inputs[group],
+                      widened ? widened : inputs[group],
                       s->lora_weights,
                       s->lora_table + layer * s->lora_layer_stride,
                       s->lora_row_stride,
@@ -67,12 +68,13 @@ static LoraCall lora_call(const Step *s, int64_t layer, int group, const int64_t
                       sizes[group],
                       bounds[count[group]],
                       (int)s->dtype,
+                      widened ? F32 : (int)s->dtype,
                       (int)s->lora_dtype};
 }
 
 static void product(const Step *s, const Scratch *m, int64_t layer, int group, const void *w, const void *bias,
                     int64_t out_size, const void *next_w, int64_t next_I) {
-    const LoraCall shape = lora_call(s, layer, group, (const int64_t[]){0, 0, 0, 0});
+    const LoraCall shape = lora_call(s, NULL, layer, group, (const int64_t[]){0, 0, 0, 0});
     Linear l = {shape.y, shape.x, w, bias, s->T, shape.I, out_size, 0, (int)s->dtype, next_w, next_I};
     team_linear(&l, (int)s->dtype, m->next + layer * GROUPS + group, m->widened);
     if (m->lora) team_lora_add(m->lora + layer * GROUPS + group);
@@ -139,7 +141,7 @@ EXPORT int trailmark_layers(const Step *s) {
             if (m.lora) {
 #pragma omp for schedule(static) reduction(| : is_short)
                 for (int64_t i = 0; i < s->num_layers * GROUPS; i++) {
-                    LoraCall call = lora_call(s, i / GROUPS, (int)(i % GROUPS), bounds[i % GROUPS]);
+                    LoraCall call = lora_call(s, m.widened, i / GROUPS, (int)(i % GROUPS), bounds[i % GROUPS]);
                     is_short |= lora_prepare(m.lora + i, &call, (int)s->num_threads);
                 }
             }

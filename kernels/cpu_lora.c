@@ -177,16 +177,16 @@ INLINE void expand_token(void *y, const float *h, const void *b, int64_t rank, i
 
 /* All that one segment of a few tokens does: its products, shrinks first. */
 INLINE void whole_segment(const Product *products, int64_t count, void *y, int64_t stride, const void *x, int64_t I,
-                          const int dtype, const int w_dtype) {
+                          const int y_dtype, const int x_dtype, const int w_dtype) {
     for (const Product *p = products; p < products + count; p++)
         for (int64_t r = 0; r < p->rank; r++)
             for (int64_t t = p->start; t < p->end; t++)
-                shrink_tile(1, 1, p->shrunk + (t - p->start) * p->rank + r, p->rank, at(x, t * I, dtype),
-                            at(p->a, r * I, w_dtype), I, dtype, w_dtype);
+                shrink_tile(1, 1, p->shrunk + (t - p->start) * p->rank + r, p->rank, at(x, t * I, x_dtype),
+                            at(p->a, r * I, w_dtype), I, x_dtype, w_dtype);
     for (const Product *p = products; p < products + count; p++)
         for (int64_t t = p->start; t < p->end; t++)
-            expand_token((void *)at(y, t * stride + p->column, dtype), p->shrunk + (t - p->start) * p->rank, p->b,
-                         p->rank, p->num_columns, dtype, w_dtype);
+            expand_token((void *)at(y, t * stride + p->column, y_dtype), p->shrunk + (t - p->start) * p->rank, p->b,
+                         p->rank, p->num_columns, y_dtype, w_dtype);
 }
 
 /* Cut products into items of `size` rank rows (or columns) times ITEM_ROWS tokens; return how many (items may be 0). */
@@ -203,29 +203,35 @@ static int64_t cut(Item *items, const Product *products, int64_t num_products, i
     return count;
 }
 
-INLINE void compute(const LoraWork *w, const int dtype, const int w_dtype) {
+INLINE void compute(const LoraWork *w, const int y_dtype, const int x_dtype, const int w_dtype) {
     const LoraCall *c = &w->call;
     const Item *expands = w->items + w->num_shrinks;
 #pragma omp for schedule(dynamic) nowait
     for (int64_t s = 0; s < w->num_segments; s++)
-        whole_segment(w->products + w->segments[s].first, w->segments[s].count, c->y, c->stride, c->x, c->I, dtype,
-                      w_dtype);
+        whole_segment(w->products + w->segments[s].first, w->segments[s].count, c->y, c->stride, c->x, c->I,
+                      y_dtype, x_dtype, w_dtype);
     if (w->num_shrinks) {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < w->num_shrinks; i++)
-            shrink_item(&w->products[w->items[i].product], &w->items[i], c->x, c->I, dtype, w_dtype);
+            shrink_item(&w->products[w->items[i].product], &w->items[i], c->x, c->I, x_dtype, w_dtype);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < w->num_expands; i++)
-            expand_item(&w->products[expands[i].product], &expands[i], c->y, c->stride, dtype, w_dtype);
+            expand_item(&w->products[expands[i].product], &expands[i], c->y, c->stride, y_dtype, w_dtype);
     }
 #pragma omp barrier
 }
 
 void team_lora_add(const LoraWork *w) {
-    if (w->call.dtype == F32 && w->call.w_dtype == F32) compute(w, F32, F32);
-    if (w->call.dtype == F32 && w->call.w_dtype == BF16) compute(w, F32, BF16);
-    if (w->call.dtype == BF16 && w->call.w_dtype == F32) compute(w, BF16, F32);
-    if (w->call.dtype == BF16 && w->call.w_dtype == BF16) compute(w, BF16, BF16);
+    const int y = w->call.dtype, x = w->call.x_dtype;
+    if (w->call.w_dtype == F32) {
+        if (y == F32) compute(w, F32, F32, F32);
+        else if (x == F32) compute(w, BF16, F32, F32);
+        else compute(w, BF16, BF16, F32);
+    } else {
+        if (y == F32) compute(w, F32, F32, BF16);
+        else if (x == F32) compute(w, BF16, F32, BF16);
+        else compute(w, BF16, BF16, BF16);
+    }
 }
 
 /* List the products of all segments, those of long ones first, which are cut into items; return [long ones, floats]. */
@@ -290,7 +296,7 @@ EXPORT int trailmark_lora_add(void *y, const void *x, const void *weights, const
                               const int64_t *bounds, int64_t I, int64_t stride, int dtype, int w_dtype,
                               int num_threads) {
     LoraCall call = {y,           x,      weights, table, table_stride, segments, num_segments, first_module,
-                     num_modules, bounds, I,       stride, dtype,       w_dtype};
+                     num_modules, bounds, I,       stride, dtype,       dtype,    w_dtype};
     LoraWork work;
     int is_short = lora_prepare(&work, &call, num_threads);
     if (!is_short) {

@@ -57,7 +57,7 @@ void team_attention(const Attention *a, int64_t chunk, float *scratch, int dtype
 /* Items (a row's head) that a thread takes at once. */
 int64_t attention_chunk(int64_t num_rows, int64_t G, int num_threads);
 
-/* One group of linears' adapters: the arguments of trailmark_lora_add. */
+/* One group of linears' adapters: the arguments of trailmark_lora_add; x of float32 where x_dtype says so. */
 typedef struct {
     void *y;
     const void *x, *weights;
@@ -67,7 +67,7 @@ typedef struct {
     int64_t num_segments, first_module, num_modules;
     const int64_t *bounds;
     int64_t I, stride;
-    int dtype, w_dtype;
+    int dtype, x_dtype, w_dtype;
 } LoraCall;
 
 typedef struct LoraProduct LoraProduct;
