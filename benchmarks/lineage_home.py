@@ -35,14 +35,13 @@ from attribution.log.sequencer import CHECKPOINT, ENTRIES, LENGTH_BYTES
 from attribution.private_records import PrivateRecords
 from attribution.records import PAYLOAD_TYPE, STATEMENT_TYPE, pre_auth_encoding
 from attribution.store import write_atomically
-from attribution.trail import Trail
+from attribution.trail import MAX_GROUP, Trail
 
 NUM_ROUNDS = 100
 ROWS_PER_DATASET = 200
 MAX_TABLES, RECEIPTS_PER_TABLE = 1000, 16
 RULES = ("length", "language", "licence", "pii", "decontaminate", "dedup")
 START_US = 1_795_000_000_000_000
-FLUSH_RECORDS = 20_000
 CODE = {"commit": "0" * 40, "dirty": False, "version": "0.1.0"}
 BUFFER_BYTES = 1 << 20
 
@@ -308,7 +307,7 @@ class HomeWriter:
         if kind in ("dataset", "refinement"):
             self._index[leaf_hash.hex()] = self._frontier.size - 1
         self._private.append((leaf_hash.hex(), seal_private(envelope, salt)))
-        if len(self._private) >= FLUSH_RECORDS:
+        if len(self._private) >= MAX_GROUP:  # as a commit of the log has them: segments get their usual size
             self._flush_private()
         return leaf_hash.hex()
 
