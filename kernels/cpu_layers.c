@@ -75,7 +75,8 @@ static LoraCall lora_call(const Step *s, const float *widened, int64_t layer, in
 static void product(const Step *s, const Scratch *m, int64_t layer, int group, const void *w, const void *bias,
                     int64_t out_size, const void *next_w, int64_t next_I) {
     const LoraCall shape = lora_call(s, NULL, layer, group, (const int64_t[]){0, 0, 0, 0});
-    Linear l = {shape.y, shape.x, w, bias, s->T, shape.I, out_size, 0, (int)s->dtype, next_w, next_I};
+    Linear l = {shape.y, shape.x, w, bias, s->T, shape.I, out_size, 0, (int)s->dtype, next_w, next_I,
+                m->lora ? m->lora[layer * GROUPS + group].wanted : NULL};
     team_linear(&l, (int)s->dtype, m->next + layer * GROUPS + group, m->widened);
     if (m->lora) team_lora_add(m->lora + layer * GROUPS + group);
 }
