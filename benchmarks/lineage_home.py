@@ -8,7 +8,8 @@ writes. The shape, for N records:
     base models 3    prompts N/5000    adapters N/100, one refinement and one base each
     benchmarks N/100    publications N/125, up to 8 versions of a name    adapter_loaded N/30
     influence N/50 (of a batch of completions and its first adapter)    redactions N/20000 (of datasets and refinements)
-    completions: the rest, each of 1 to 4 adapters, drawn by 1/rank, newer adapters more popular, and their bases
+    completions: the rest, each of 1 to 4 adapters, drawn by 1/rank, newer adapters more popular, and their bases;
+        every other one of a prompt, the r-th with weight 1/r
 
 in 100 rounds, so that all kinds lie mixed through the log. Redacted records have no private half. Each completions
 record names one of at most 1,000 tables of 16 receipts.
@@ -231,6 +232,10 @@ class HomeWriter:
         body = {"replica": f"replica-{number % 16}", "root": table[7:], "count": RECEIPTS_PER_TABLE, "table": table}
         body |= {"first_time_us": START_US, "last_time_us": START_US}
         parents = [leaf for leaf, _, _ in adapters] + [self.made.bases[base][0] for base in bases]
+        if number % 2:
+            prompt = self._by_rank(len(self.made.prompts))
+            inputs.append(("prompt", f"prompt-{prompt}", digest_of("template", prompt)))
+            parents.append(self.made.prompts[prompt])
         self.made.completions.append(self._record("completions", body, parents=parents, inputs=inputs))
 
     def _influence(self, number: int) -> None:
