@@ -176,8 +176,9 @@ def revoke(
 def keys_reached(trail: "Trail", name: str, *, from_us: int, key_id: str | None = None) -> list[str]:
     """Return the ids of the keys of a name that a revocation from a time on reaches, oldest first.
 
-    They are all that were in force then or later. With `key_id` they are that one and every later one for which it, or
-    another of them, has vouched since: such a rotation may be the thief's.
+    They are all that were in force then or later. With `key_id` they are that one and, of a contributor, each later one
+    for which it, or another of them, has vouched since: such a rotation may be the thief's. For an operator's or a
+    log's, trust.json vouches.
     """
     rotations: list[tuple[int, KeyRotationBody, tuple[str, ...]]] = []
     for entry in trail.notices():
@@ -189,7 +190,8 @@ def keys_reached(trail: "Trail", name: str, *, from_us: int, key_id: str | None 
         return [each for each in key_ids_of_name(trail, name) if each not in over]
     reached = [key_id]
     for time_us, body, signers in rotations:
-        if time_us >= from_us and body.old_key_id in reached and body.old_key_id in signers:
+        is_vouched = body.old_key_id in reached and body.old_key_id in signers
+        if body.role == "contributor" and time_us >= from_us and is_vouched:
             reached.append(body.key_id)
     return reached
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attribution.bodies import ContributorBody, DatasetBody
-from attribution.erasure import remaining, rewrites
+from attribution.erasure import maker_of, remaining, rewrites
 from attribution.log.facts import utc
 from attribution.log.proved import VerifyError
 from attribution.people import People
@@ -101,6 +101,16 @@ def refinable(trail: "Trail", names: Sequence[str] = (ALL,)) -> list[Contributio
     if problems := [contribution.problem for contribution in chosen if contribution.problem]:
         raise DatasetError("\n".join(problems))
     return chosen
+
+
+def require_refinable(trail: "Trail", digest: str) -> None:
+    """Raise DatasetError when a refined dataset holds rows of a contribution that would be refused by now."""
+    maker, people = maker_of(trail, digest), People(trail)
+    for leaf_hash in maker.leaf.parents if maker is not None else ():
+        entry = trail.entry(leaf_hash)
+        is_there = entry.leaf.kind == "dataset" and entry.record is not None
+        if is_there and (problem := _contribution(trail, entry, people).problem):
+            raise DatasetError(f"{problem}; then refine again")
 
 
 def verified_rows(trail: "Trail", contribution: Contribution) -> Path:
