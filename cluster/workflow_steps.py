@@ -169,10 +169,10 @@ def standing_of(trail: "Trail", task: Task) -> Standing:
 
 
 def _for_refine(trail: "Trail", task: Task) -> Ingredients:
-    from pipelines.refine.read import contributions
+    from pipelines.refine.read import refinable
 
     assert isinstance(task.step, RefineStep)
-    chosen = contributions(trail, task.step.datasets)
+    chosen = refinable(trail, task.step.datasets)
     # The registration counts beside the rows: it decides which of two equal rows stays, and who is named.
     inputs = [Artefact("contribution", item.name, f"sha256:{item.origin.dataset}") for item in chosen]
     return Ingredients(tuple(inputs), trail.run_config(task.settings.refine))
