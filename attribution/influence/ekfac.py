@@ -85,7 +85,8 @@ class CodecFit:
         "ekfac": covariances over token positions, whose eigenvectors K-FAC takes. Else the per-example gradients' own
         second moments E[G G^T] and E[G^T G] (a truncated higher-order SVD): there is no Fisher matrix to follow.
         """
-        scale, kept = self._scale(sample, exp_avg_sq), []
+        scale = self._scale(sample, exp_avg_sq)
+        kept: list[dict[str, FactorPair]] = []
         for batch in self._batches(sample):
             is_reached, pairs = _is_reached(batch), self._pairs(batch)
             for name, pair in pairs.items():
