@@ -106,13 +106,19 @@ class LoraFactors:
         bytes_per_token = 8 * sum(linear.in_features + linear.out_features for linear in linears)
         return min(MAX_BATCH_TOKENS, BATCH_BYTES // bytes_per_token)
 
+    @cached_property
+    def batch_rows(self) -> int:
+        """How many whole gradients fit `BATCH_BYTES` three times: a checkpoint's, its factors' and their sum."""
+        num_weights = sum(rank * length for rank, length in self.shapes.values())
+        return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // (12 * num_weights)))
+
     def batches(self, examples: Sequence[Encoded]) -> Iterator[list[int]]:
-        """Yield rows in batches of like length, longest first; of `batch_tokens` at most unless one alone has more."""
+        """Yield rows in batches of like length, longest first: `batch_rows`, and `batch_tokens` unless one has more."""
         order = sorted(range(len(examples)), key=lambda row: -len(examples[row][0]))
         start = 0
         while start < len(order):
             longest = len(examples[order[start]][0])
-            stop = start + max(1, min(MAX_BATCH_ROWS, self.batch_tokens // max(1, longest)))
+            stop = start + max(1, min(self.batch_rows, self.batch_tokens // max(1, longest)))
             yield order[start:stop]
             start = stop
 
