@@ -38,7 +38,7 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
             f"{where}: it was drawn and fitted by rule {rule} and this code has rule {RULE}; check its values with the "
             f"code it was made with, {record.code.commit or 'which its record does not name'}",
         )
-    or_ = "" if "rule" in plan else OLDER
+    older = "" if "rule" in plan else OLDER
     order = [(str(player["kind"]), str(player["id"])) for player in plan["players"]]
     prior = np.array(trail.get_table(plan["prior"])["gains"].to_pylist()) if plan.get("prior") else None
     rows = trail.get_table(settlement.table).to_pylist()
@@ -48,7 +48,7 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
         bits = ["".join("1" if bit else "0" for bit in row) for row in coalitions]
         if missing := [name for name in bits if name not in cells]:
             raise VerifyError(
-                "values", f"{where}: coalition {missing[0]}, which its seed draws, is not in its table{or_}"
+                "values", f"{where}: coalition {missing[0]}, which its seed draws, is not in its table{older}"
             )
         return np.array([cells[name] for name in bits], dtype=np.float64)
 
@@ -57,7 +57,7 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
     except CreditError as error:
         raise VerifyError("values", f"{where}: {error}") from error
     if len(credit.coalitions) != len(rows):
-        raise VerifyError("values", f"{where}: {len(rows)} coalitions recorded, {len(credit.coalitions)} follow{or_}")
+        raise VerifyError("values", f"{where}: {len(rows)} coalitions recorded, {len(credit.coalitions)} follow{older}")
     allowed = max(ROUNDING, TOLERANCE * abs(settlement.full_value - settlement.empty_value))
     fitted = credit.banzhaf
     told: dict[tuple[str, str], tuple[str, float, float, float]] = {
@@ -70,7 +70,7 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
             raise VerifyError(
                 "values",
                 f"{where}: {found[0]}: recorded {_interval(*found[1:])}, but {_interval(*again)} follows from the "
-                f"recorded coalitions{or_}",
+                f"recorded coalitions{older}",
             )
     return f"values: {len(order)} players' values and intervals follow from the {len(rows)} recorded coalitions"
 

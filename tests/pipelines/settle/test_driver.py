@@ -13,6 +13,7 @@ from attribution.bodies import AdapterBody
 from attribution.credit import RULE, Credit, CreditError
 from attribution.exact_values import all_coalitions, exact_banzhaf, leave_one_out
 from attribution.records import Artefact
+from attribution.settled_evidence import unit_of
 from attribution.settlement import settlements
 from configs.schema import SettleSettings
 from pipelines.benchmark.run import BenchmarkError
@@ -223,6 +224,7 @@ def test_one_retrain_serves_likelihood_and_its_logarithm(world: World, report: S
     np.testing.assert_allclose(np.exp(logs.credit.utilities), report.credit.utilities, rtol=1e-12)
     assert report.settlement.utility == "likelihood of the reference answer, probability per token"
     assert logs.settlement.utility == "log-likelihood of the reference answer, nats per token"
+    assert [unit_of(one.settlement) for one in (report, logs)] == ["probability per token", "nats per token"]
     gain = report.settlement.full_value - report.settlement.empty_value
     assert 0 < gain < 1 and logs.settlement.empty_value < logs.settlement.full_value < 0
     again = recheck(world.trail, logs.settlement, num_cells=2, seed=1)
