@@ -131,12 +131,13 @@ def real_kinds(tools: Tools) -> dict[str, StepKind]:
     def settle(trail: "Trail", task: Task) -> "Sequence[Entry]":
         tools.ray()
         with tools.bars("settle") as bars:
+            from pipelines.settle.asked import asked
             from pipelines.settle.driver import settle
 
             assert isinstance(task.step, SettleStep)
-            options = {"settings": task.settings.settle, "progress": bars, "workflow": task.definition}
-            adapter, suite = task.input("adapter").digest, _suite(task)
-            report = settle(trail, adapter, suite=suite, over=task.step.over, **options)
+            adapter, suite, section = task.input("adapter").digest, _suite(task), task.settings.settle
+            ready = asked(trail, adapter, suite=suite, over=task.step.over, settings=section)
+            report = settle(trail, ready, progress=bars, workflow=task.definition)
             assert report is not None, "only a dry run returns nothing"
             return [report.entry]
 

@@ -128,7 +128,7 @@ class SettleSettings(Section):
     )
     confidence: float = Field(0.9, gt=0, lt=1)
     seed: int = Field(0, ge=0, description="of the draw of coalitions; the training keeps the adapter's own")
-    utility: Literal["log_likelihood", "exact_match"] = "log_likelihood"
+    utility: Literal["likelihood", "log_likelihood", "exact_match"] = "likelihood"
     max_new_tokens: int = Field(32, ge=1, description="of an answer that is matched exactly")
     gradient_prior: bool = Field(False, description="start from what gradients predict of contributors and datasets")
     num_workers: int = Field(2, ge=1, description="processes that train at once")
