@@ -53,7 +53,7 @@ class Finding:
             return f"{self.value:,} {self.unit}"
         if self.unit == "of 1" and self.tier in ("explain", "counted"):
             return f"{self.value:.1%}"
-        return f"{self.value:+.3f}" + ("" if self.unit == "of 1" else f" {self.unit}")
+        return self._signed(self.value) + ("" if self.unit == "of 1" else f" {self.unit}")
 
     @property
     def interval_text(self) -> str:
@@ -65,9 +65,13 @@ class Finding:
         elif self.unit == "of 1" and self.tier == "explain":
             text = f"{self.low:.0%} to {self.high:.0%}"
         else:
-            text = f"{self.low:+.3f} to {self.high:+.3f}"
+            text = f"{self._signed(self.low)} to {self._signed(self.high)}"
         text += "" if self.confidence is None else f" ({self.confidence:.0%})"
         return text if self.p_value is None else f"{text}, p {self.p_value:.3f}"
+
+    def _signed(self, value: float) -> str:
+        """A difference of probabilities is mostly small: one place more."""
+        return f"{value:+.4f}" if self.unit.startswith("probability") else f"{value:+.3f}"
 
 
 @dataclass(frozen=True)

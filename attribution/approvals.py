@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from attribution.bodies import ApprovalBody
-from attribution.people import people, signed_by, signing_key
+from attribution.log.proved import VerifyError
+from attribution.people import People, signing_key
 from attribution.records import Artefact, Party, canonical_bytes
 from attribution.store import digest_of
 from configs.errors import UserError
@@ -53,12 +54,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class Standing:
-    """Whether a request is approved, refused or waiting; `decisions` are those that count, one per person."""
+    """Whether a request is approved, refused or waiting; `decisions` are those that count, one per person.
+
+    `void`: why what somebody among the missing said does not count, one sentence each.
+    """
 
     status: Literal["approved", "refused", "waiting"]
     decisions: tuple[Decision, ...]
     missing: tuple[str, ...]
     required: int
+    void: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -69,7 +74,7 @@ class Standing:
         )
         return (
             f"{self.required} of {', '.join((*(item.name for item in self.decisions), *self.missing))} must approve"
-            + (f"; {said}" if said else "")
+            + "".join(f"; {text}" for text in (said, *self.void) if text)
         )
 
 
@@ -77,7 +82,7 @@ def decide(trail: "Trail", request: Request, *, name: str, approve: bool, note: 
     """Record a decision signed with the key of `name`.
 
     Raises:
-        UserError: an unknown name, no private key here, or a key other than the one their record introduced.
+        UserError: an unknown name, no private key here, or a key other than the one they have now.
     """
     key = signing_key(trail, name, what="approver")
     subject = trail.store.put_blob(request.to_bytes())
@@ -92,28 +97,33 @@ def decide(trail: "Trail", request: Request, *, name: str, approve: bool, note: 
 
 
 def standing(trail: "Trail", request: Request, *, approvers: Sequence[str], required: int) -> Standing:
-    """Return how a request stands by the newest valid decision of each approver.
+    """Return how a request stands by the newest decision of each approver that was signed with a key good at its time.
 
     It is refused once so many refused that `required` can no longer be reached.
 
     Raises:
         UserError: an approver nobody introduced.
     """
-    known = people(trail)
+    people = People(trail)
+    known = people.by_name
     for name in approvers:
         if name not in known:
             raise UserError(
                 f"approver {name!r}: no such contributor; add them with `trailmark contributor add {name!r}`; "
                 f"known: {', '.join(known)}"
             )
-    subject, newest = request.subject, dict[str, Decision]()
+    subject, newest, void = request.subject, dict[str, Decision](), dict[str, str]()
     for entry in trail.entries(kind="approval"):
         body = entry.record.body if entry.record is not None else None
-        if not isinstance(body, ApprovalBody) or body.subject != subject:
+        if entry.record is None or not isinstance(body, ApprovalBody) or body.subject != subject:
             continue
-        for name in approvers:
-            if signed_by(entry, known[name]):
-                newest[name] = Decision(name, body.decision == "approved", body.reason, entry.leaf_hash)
+        try:
+            name = people.signer_of(entry)
+        except VerifyError as error:
+            if entry.record.contributors:
+                void[people.names.get(entry.record.contributors[0].key_id, "")] = error.reason
+            continue
+        newest[name] = Decision(name, body.decision == "approved", body.reason, entry.leaf_hash)
     said = tuple(newest[name] for name in approvers if name in newest)
     num_approved = sum(item.approved for item in said)
     num_refused = len(said) - num_approved
@@ -123,4 +133,5 @@ def standing(trail: "Trail", request: Request, *, approvers: Sequence[str], requ
     elif len(approvers) - num_refused < required:
         status = "refused"
     missing = tuple(name for name in approvers if name not in newest)
-    return Standing(status, said, missing, required)
+    told = tuple(f"what {name} said does not count ({void[name]})" for name in missing if name in void)
+    return Standing(status, said, missing, required, told)

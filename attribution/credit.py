@@ -21,6 +21,9 @@ from configs.errors import UserError
 Utility = Callable[[Coalitions], Array]
 """Coalitions bool [b, n] to the utility of each item, float64 [b, q]."""
 
+RULE = 1
+"""Version of how coalitions are drawn and values fitted, to be counted up with every change of either: what another
+version settled cannot be fitted again by this one."""
 MIN_PAIRS = 4
 MIN_ITEMS = 2
 NEGLIGIBLE = 1 / 3

@@ -27,7 +27,7 @@ from attribution.keys import (
 from attribution.log.facts import utc
 from attribution.log.key_history import Revocation
 from attribution.log.note import NoteKey
-from attribution.records import Party
+from attribution.records import Party, key_ids_of
 from attribution.trust_file import LOG_KEY, OPERATOR, TrustFile
 
 if TYPE_CHECKING:
@@ -136,37 +136,65 @@ def rotate(trail: "Trail", name: str, *, lost: bool = False, replacement: "Remot
 def revoke(
     trail: "Trail", name: str, *, reason: str, from_us: int | None = None, key_id: str | None = None
 ) -> "list[Entry]":
-    """Record that what a key of `name` signed from `from_us` (default: now) on does not count; return the records.
+    """Record that what `name` signed from `from_us` (default: now) on does not count; return the records.
 
-    `key_id` names an older key; default: the one in use. The log and the operator never go without a key: theirs is
-    rotated first.
+    This reaches every key of theirs in force then or later (see `keys_reached`); `key_id` names one alone. The log and
+    the operator never go without a key: theirs is rotated first.
 
     Raises:
         SigningKeyError: nobody of that name, a key that is not theirs, or a time to come.
     """
-    current = current_key(trail, name)
-    key_id = current.key_id if key_id is None else key_id
-    if key_id not in key_ids_of_name(trail, name):
-        raise SigningKeyError(f"key {key_id[:16]}: not one of {name!r}; `trailmark key history {name!r}` lists theirs")
-    entries = []
-    if current.role != "contributor" and key_id == current.key_id:
-        entries.append(rotate(trail, name, lost=current.role == "log"))
     from attribution.trail import Draft, now_us
 
-    moment = now_us()
-    if from_us is not None and from_us > moment:
+    current = current_key(trail, name)
+    if key_id is not None and key_id not in key_ids_of_name(trail, name):
+        raise SigningKeyError(f"key {key_id[:16]}: not one of {name!r}; `trailmark key history {name!r}` lists theirs")
+    if from_us is not None and from_us > now_us():
         raise SigningKeyError(f"from {utc(from_us)}: lies ahead; a key is revoked from now or from an earlier time")
-    operator = trail.keys.get(OPERATOR)
-    body = KeyRevocationBody(name, current.role, key_id, moment if from_us is None else from_us, reason)
-    draft = Draft("key_revocation", body, contributors=[Party(operator.key_id, "operator")])
+    reached = keys_reached(trail, name, from_us=now_us() if from_us is None else from_us, key_id=key_id)
+    entries = []
+    if current.role != "contributor" and current.key_id in reached:
+        entries.append(rotate(trail, name, lost=current.role == "log"))
+    operator, moment = trail.keys.get(OPERATOR), now_us() if from_us is None else from_us
+    drafts = [
+        Draft(
+            "key_revocation",
+            KeyRevocationBody(name, current.role, reached_id, moment, reason),
+            contributors=[Party(operator.key_id, "operator")],
+        )
+        for reached_id in reached
+    ]
 
-    def tell(appender: "Appender") -> None:
-        envelope = trail.entry(trail.log.size - 1).envelope
-        assert envelope is not None
-        TrustFile(trail.home).revoke(body, record=envelope)
+    def note(_: "Appender") -> None:
+        for index in range(trail.log.size - len(drafts), trail.log.size):
+            entry = trail.entry(index)
+            assert entry.record is not None and isinstance(entry.record.body, KeyRevocationBody) and entry.envelope
+            TrustFile(trail.home).revoke(entry.record.body, record=entry.envelope)
 
-    entries += trail.record_many([draft], then=tell)
-    return entries
+    return entries + trail.record_many(drafts, then=note)
+
+
+def keys_reached(trail: "Trail", name: str, *, from_us: int, key_id: str | None = None) -> list[str]:
+    """Return the ids of the keys of a name that a revocation from a time on reaches, oldest first.
+
+    They are all that were in force then or later. With `key_id` they are that one and, of a contributor, each later one
+    for which it, or another of them, has vouched since: such a rotation may be the thief's. For an operator's or a
+    log's, trust.json vouches.
+    """
+    rotations: list[tuple[int, KeyRotationBody, tuple[str, ...]]] = []
+    for entry in trail.notices():
+        body = entry.record.body if entry.record is not None else None
+        if isinstance(body, KeyRotationBody) and body.name == name and entry.envelope is not None:
+            rotations.append((entry.leaf.time_us, body, key_ids_of(entry.envelope)))
+    if key_id is None:
+        over = {body.old_key_id for time_us, body, _ in rotations if time_us < from_us}
+        return [each for each in key_ids_of_name(trail, name) if each not in over]
+    reached = [key_id]
+    for time_us, body, signers in rotations:
+        is_vouched = body.old_key_id in reached and body.old_key_id in signers
+        if body.role == "contributor" and time_us >= from_us and is_vouched:
+            reached.append(body.key_id)
+    return reached
 
 
 def key_ids_of_name(trail: "Trail", name: str) -> list[str]:

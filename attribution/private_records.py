@@ -10,7 +10,7 @@ next append cuts it off. Whoever appends, trims or erases holds the log's lock; 
 
 import os
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ class PrivateRecords:
         self._directory, self._disk, self._segment_bytes = directory, disk, segment_bytes
         self._starts: list[int] = []
         self._tables: OrderedDict[Path, _Table] = OrderedDict()
+        self._glimpsed: deque[Path] = deque(maxlen=NUM_TABLES)
         self._end: tuple[Path, int, int] | None = None  # newest segment, inode, size: as this process left it
 
     def append(self, start: int, items: Sequence[tuple[str, bytes]], *, is_logged: IsLogged) -> None:
@@ -179,10 +180,16 @@ class PrivateRecords:
             return None
 
     def _place(self, path: Path, descriptor: int, leaf_hash: str) -> tuple[int, int] | None:
-        """Where a private half lies: offset and bytes. What is new in the segment since the last look is read."""
+        """Where a private half lies: offset and bytes. What is new in the segment since the last look is read.
+
+        A segment that is read once is searched, which takes a tenth of the time of making its table.
+        """
         stat = os.fstat(descriptor)
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         table = self._tables.get(path)
+        if table is None and path not in self._glimpsed:
+            self._glimpsed.append(path)
+            return _search(os.pread(descriptor, stat.st_size, 0), leaf_hash)
         if table is None or table.state != state:
             begin = table.end if table is not None and table.is_prefix_of(descriptor) else 0
             known = table.places if table is not None and begin else {}
@@ -244,6 +251,16 @@ def _to_bytes(items: Sequence[tuple[str, bytes]]) -> bytes:
 
 def _hash_of(line: bytes) -> str:
     return line[:HASH_DIGITS].decode("ascii", "replace")
+
+
+def _search(data: bytes, leaf_hash: str) -> tuple[int, int] | None:
+    """Where the private half of the last whole line of a leaf hash lies in a segment: offset and bytes."""
+    end = data.rfind(b"\n")
+    begin = data.rfind(b"\n%b " % leaf_hash.encode(), 0, end + 1) + 1
+    if not data.startswith(b"%b " % leaf_hash.encode(), begin) or end < 0:
+        return None
+    begin += HASH_DIGITS + 1
+    return begin, data.index(b"\n", begin) - begin
 
 
 def _table(data: bytes, begin: int, state: tuple[int, int, int], known: dict[str, tuple[int, int]]) -> _Table:

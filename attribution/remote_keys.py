@@ -62,7 +62,8 @@ def public_key_of(text: str) -> bytes:
     return public_bytes
 
 
-def _open(uri: str, public_bytes: bytes) -> Any:
+def require_scheme(uri: str) -> None:
+    """Raise SigningKeyError unless keys of a URI's scheme can be Ed25519."""
     scheme = uri.partition(":")[0]
     if scheme not in ED25519_SCHEMES:
         raise SigningKeyError(
@@ -70,6 +71,10 @@ def _open(uri: str, public_bytes: bytes) -> Any:
             f"{' and '.join(name + ':' for name in ED25519_SCHEMES)} only (gcpkms, awskms, azurekms and hsm sign with "
             "ECDSA or RSA)"
         )
+
+
+def _open(uri: str, public_bytes: bytes) -> Any:
+    require_scheme(uri)
     try:
         from securesystemslib.signer import Signer, SSlibKey
     except ImportError as error:

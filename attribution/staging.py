@@ -138,12 +138,13 @@ class Group:
         return Staged(record, leaf, leaf_bytes, hash_leaf(leaf_bytes).hex(), envelope, salt)
 
     def _parents(self, draft: Draft, signer: SigningKey, made: Mapping[str, str]) -> tuple[str, ...]:
-        """The records that made the inputs, then the contributor record of the signing key, each once."""
+        """The records that made the inputs, then the contributor's of the key that signs or gives way, each once."""
         newest = self._makers.newest_output
         makers = [made.get(artefact.digest) or newest.get(artefact.digest) for artefact in draft.inputs]
         found = [maker for maker in makers if maker is not None]
-        if draft.kind != "contributor" and signer.key_id in self._makers.contributor:
-            found.append(self._makers.contributor[signer.key_id])
+        key_id = draft.body.old_key_id if isinstance(draft.body, KeyRotationBody) else signer.key_id
+        if draft.kind != "contributor" and key_id in self._makers.contributor:
+            found.append(self._makers.contributor[key_id])
         return tuple(dict.fromkeys(found))
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from attribution.bodies import BaseModelBody, StatementBody
 from attribution.fees import Answered, Fee, read_fees, sort_fees
 from attribution.log.sequencer import file_lock
-from attribution.people import OPERATOR
 from attribution.provenance import code_identity
 from attribution.receipt_index import ReceiptIndex
 from attribution.receipts import completion_rows, parse_receipt
@@ -29,10 +28,12 @@ from attribution.statement import (
     StatementError,
     compute,
 )
+from attribution.trust_file import OPERATOR
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
-    from configs.schema import CreditSettings
+    from attribution.trust_file import OPERATOR
+from configs.schema import CreditSettings
 
 MICRO = 1_000_000
 

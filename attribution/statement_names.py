@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from attribution.bodies import BaseModelBody
 from attribution.lineage import Lineage
-from attribution.people import OPERATOR
 from attribution.settlement import player_name
 from attribution.statement import Statement
+from attribution.trust_file import OPERATOR
 
 if TYPE_CHECKING:
     from attribution.trail import Trail

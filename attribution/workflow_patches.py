@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from attribution.bodies import WorkflowPatchBody
-from attribution.people import people, signing_key
+from attribution.people import People, signing_key
 from attribution.records import Party
 from attribution.workflow_runs import definition_artefact
 
@@ -59,7 +59,7 @@ def record_patch(trail: "Trail", workflow: str, *, before: str, after: str, auth
 
 def recorded_patches(trail: "Trail", workflow: str | None = None) -> list[Patch]:
     """Return the patches of one workflow, or of all, in order of the log."""
-    names = {person.key_id: person.name for person in people(trail).values()}
+    names = People(trail).names
     found = []
     for entry in trail.entries(kind="workflow_patch"):
         body = entry.record.body if entry.record is not None else None

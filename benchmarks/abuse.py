@@ -6,10 +6,11 @@ Eight people teach a tiny Llama 16 facts each; a suite asks for all of them. Eve
 honest one: all rows are trained on (also those that refinement's own duplicates rule would take out: the harder case),
 coalitions are retrained for real, values with 90 % intervals come from `attribution.credit`, near-duplicates are found
 by `attribution.priority`, and a pool of 1,000,000 units is shared out as a statement does it. The same retrains are
-settled by exact match, which is judged, and by log-likelihood, which is shown. The gain is what the
-attacker gets more than without the attack; for an outsider, all that it gets. Seeds differ in base, facts, order and
-coalitions. The bound is the upper end of the 90 % interval of the mean over seeds (Student's t). Replay, self-dealing
-and relabelling need no training: they are tried on a home with contributions, receipts and fee tables.
+settled by likelihood, the default of `trailmark settle`, which is judged, and by its other two utilities, which are
+shown. The gain is what the attacker gets more than without the attack; for an outsider, all that it gets. Seeds differ
+in base, facts, order and coalitions. The bound is the upper end of the 90 % interval of the mean over seeds (Student's
+t). Replay, self-dealing and relabelling need no training: they are tried on a home with contributions, receipts and fee
+tables.
 """
 
 import hashlib
@@ -57,7 +58,8 @@ SEEDS, QUICK_SEEDS = 8, 2
 T_90 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833, 11: 1.796}
 LOOK_ALIKES = str.maketrans({"a": "\u0430", "e": "\u0435", "o": "\u043e", "p": "\u0440", "i": "\u0456"})
 HONEST = "honest"
-LIKELIHOOD = "by log-likelihood: "
+SHOWN = {"exact_match": "by exact match: ", "log_likelihood": "by log-likelihood: "}
+"""What the figures of a utility that is not judged begin with."""
 IF_TOLD = "gain if all names could be told from zero"
 """Where many names lose because few of their values can be told from zero, this says what more retrains would give."""
 HONEST_FLOORS = {"~ honest, paid in all": 30.0, "~ honest, people paid": 5.0}
@@ -193,7 +195,7 @@ def settlements(world: World, folder: Path | None) -> dict[str, dict[str, Settle
     if file is not None and file.exists():
         for name, values in json.loads(file.read_text()).items():
             kept[name] = {utility: from_plain(Settled, value, name) for utility, value in values.items()}
-    missing = [name for name in world.games if name not in kept]
+    missing = [name for name in world.games if not set(UTILITIES) <= set(kept.get(name, ()))]
     base = train_base(world.size, seed=world.seed) if missing else None
     for name in missing:
         kept[name] = settle(base, world.games[name], world.questions, world.size, seed=world.seed)
@@ -209,13 +211,14 @@ def to_json(kept: Mapping[str, Mapping[str, Settled]]) -> dict[str, dict[str, ob
 
 
 def all_gains(world: World, folder: Path | None) -> dict[str, float]:
-    """Play one seed; return the gains by exact match, and by log-likelihood under names that say so."""
+    """Play one seed; return the gains by the judged utility, and by the others under names that say so."""
     kept = settlements(world, folder)
-    judged, other = (gains(world.games, {name: kept[name][utility] for name in kept}) for utility in UTILITIES)
-    return judged | {
-        f"~ {LIKELIHOOD}{name.removeprefix('~ ')}" if name.startswith("~") else f"{LIKELIHOOD}{name}": value
-        for name, value in other.items()
-    }
+    found = {}
+    for utility in UTILITIES:
+        prefix = SHOWN.get(utility, "")
+        for name, value in gains(world.games, {game: kept[game][utility] for game in kept}).items():
+            found[f"~ {prefix}{name.removeprefix('~ ')}" if name.startswith("~") else prefix + name] = value
+    return found
 
 
 def gains(games: Mapping[str, Sequence[Person]], settled: Mapping[str, Settled]) -> dict[str, float]:
@@ -267,7 +270,7 @@ def figures_of(found: Mapping[str, Sequence[float]]) -> list[Figure]:
     """Return the table: mean and bound of each attack, then what the honest game was like."""
     figures = []
     unjudged = {attack.name for attack in ATTACKS if not attack.has_floor}
-    unjudged |= {name for name in found if name.startswith(LIKELIHOOD)}
+    unjudged |= {name for name in found if name.startswith(tuple(SHOWN.values()))}
     for name, values in found.items():
         if name.startswith("~"):
             figures.append(Figure(f"{name.removeprefix('~ ')}, mean", mean(values), "", HONEST_FLOORS.get(name)))
@@ -281,16 +284,17 @@ def figures_of(found: Mapping[str, Sequence[float]]) -> list[Figure]:
 
 
 def plot(found: Mapping[str, Sequence[float]], file: Path) -> None:
-    """Draw every seed's gain and the bound by both utilities, with the floor."""
+    """Draw every seed's gain and the bound by each utility, with the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [name for name in found if not name.startswith(("~", LIKELIHOOD))]
+    names = [name for name in found if not name.startswith(("~", *SHOWN.values()))]
     chart, axes = pyplot.subplots(figsize=(9, 0.45 * len(names) + 1.6), layout="constrained")
-    lines = (("", "#0b7577", 0.16, "by exact match"), (LIKELIHOOD, "#a86a00", -0.16, "by log-likelihood"))
-    for prefix, colour, shift, label in lines:
+    for utility, colour, shift in zip(UTILITIES, ("#0b7577", "#5a6675", "#a86a00"), (0.24, 0, -0.24), strict=True):
+        prefix = SHOWN.get(utility, "")
+        label = prefix.removesuffix(": ") or f"by {utility}, judged"
         for place, name in enumerate(reversed(names)):
             values = found.get(prefix + name, [])
             if values:

@@ -41,8 +41,8 @@ FAMILY = 8
 NUM_KNOWN = 512
 LEARNING_RATE = 2e-2
 RUNS_AT_ONCE = 8
-UTILITIES = ("exact_match", "log_likelihood")
-"""Both of `trailmark settle`."""
+UTILITIES = ("likelihood", "exact_match", "log_likelihood")
+"""Those of `trailmark settle`, its default first."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def settle(
     The same retrains give a settlement by each utility: as many as a fit of all people together asks for.
     """
     run, owner = training_run(base, people, size, seed=seed)
-    found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+    found: dict[bytes, tuple[np.ndarray, ...]] = {}
 
     def train(coalitions: Coalitions) -> None:
         by_size = coalitions[np.argsort(coalitions.sum(axis=1))]  # a forward pads its runs to the largest of them
@@ -194,7 +194,7 @@ def settle(
         state = run.run_many(weights, runs_at_once=RUNS_AT_ONCE)
         losses = run.query_losses(state, list(questions)).double().numpy()
         for coalition, adapter, loss in zip(by_size, state.weights, losses, strict=True):
-            found[coalition.tobytes()] = exact_matches(run, adapter, questions), -loss
+            found[coalition.tobytes()] = np.exp(-loss), exact_matches(run, adapter, questions), -loss
 
     def utility(which: int) -> Utility:
         def measure(coalitions: Coalitions) -> np.ndarray:

@@ -150,7 +150,9 @@ def plot(results: Sequence[SeedResult], file: Path) -> None:
     banks = list(next(iter(scores.values())))
     names = sorted(scores, key=lambda name: scores[name][banks[0]].value)
     colours = {"baseline": "#9aa0a6", "online": "#4c78a8", "in-run": "#54a24b", "audit": "#b279a2"}
-    figure, axes = pyplot.subplots(1, len(banks), figsize=(3.2 * len(banks) + 3, 0.3 * len(names) + 1.6), sharey=True)
+    figure, axes = pyplot.subplots(
+        1, len(banks), figsize=(2.4 * len(banks) + 2.5, 0.24 * len(names) + 1.2), sharey=True
+    )
     for axis, bank in zip(axes, banks, strict=True):
         for place, name in enumerate(names):
             one = scores[name][bank]
@@ -162,10 +164,11 @@ def plot(results: Sequence[SeedResult], file: Path) -> None:
             noise = mean_over_banks([one.noise[bank.removesuffix(", other order")] for one in results])
             axis.axvline(noise.value**0.5, color="black", linestyle=":", linewidth=1)
         axis.set_title(bank, fontsize=9)
-        axis.set_xlim(-0.1, 1.0)
+        axis.set_xlim(-0.05, 1.0)
+        axis.set_ylim(-0.7, len(names) - 0.3)
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
     figure.suptitle("LDS (95 % over queries and subsets); framed: ours; dotted: ceiling of methods blind to data order")
-    figure.tight_layout()
+    figure.tight_layout(w_pad=0.2)
     figure.savefig(file, dpi=110)
 
 

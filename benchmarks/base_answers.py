@@ -6,11 +6,11 @@ A tiny Llama knows twelve questions by heart. Adapters of several seeds are trai
 contributors each: `near` ones in the words of the base's own (capitals, colours), `far` ones invented. Then each
 adapter is asked what the base knows, with and without a system turn, in other words, and cut after one token; and its
 own facts. An answer is the base's when the base alone says the same, token by token; it is the adapter's when the
-base says something else. Each is receipted in a real log and explained as `trailmark ask who` does, with the default
-settings. A query counts as credited when any contributor's share is told from zero, so the rate is familywise over
-contributors. Its floor: at most 5 % of the base's answers. Power, the share of the adapter's answers that are
-credited, is reported beside it and has no floor. Queries and seeds are hashed before the first adapter is trained.
-The last line is one JSON object; `--check` exits 1 above the floor.
+base says something else. Each is receipted in a real log and explained as `trailmark ask who` does, from a gradient
+store, with the default settings. A query counts as credited when any contributor's share is told from zero, so the
+rate is familywise over contributors. Its floor: at most 5 % of the base's answers. Power, the share of the adapter's
+answers that are credited, is reported beside it and has no floor. Queries and seeds are hashed before the first
+adapter is trained. The last line is one JSON object; `--check` exits 1 above the floor.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from attribution.influence.query import AdapterModels
 from attribution.influence.who import ExplainSettings, explain
 from attribution.receipts import ReceiptRow, append_completions, new_receipt_id
 from attribution.trail import Trail
-from configs.schema import AttributionSettings
-from tests.attribution.influence.planted import MIRA, NOISE, OTTO, Planted, Row, plant
+from configs.schema import AttributionSettings, TrainSettings
+from pipelines.train.gradients import codec_settings
+from tests.attribution.influence.planted import MIRA, NOISE, OTTO, Planted, Row, plant, with_store
 from tests.attribution.influence.planted_home import receipt_row, record_adapter
 from tests.tiny_model import QUESTIONS, build_tiny_base, conversation
 
@@ -219,7 +220,8 @@ def measure(
     models, settings = AdapterModels(), ExplainSettings.of(AttributionSettings())
     asked = []
     for number, (style, seed) in enumerate(adapters):
-        planted = plant(base, folder / f"adapter-{number}", rows=rows_of(style), seed=seed)
+        trained = plant(base, folder / f"adapter-{number}", rows=rows_of(style), seed=seed)
+        planted = with_store(trained, folder / f"stored-{number}", codec_settings(TrainSettings()))
         adapter = record_adapter(trail, planted, base_digest)
         queries = ask(style)
         answers = answers_of(planted, queries)

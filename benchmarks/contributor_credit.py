@@ -1,14 +1,14 @@
 """What eight contributors are worth, from 32 coalition retrains, against all 2^8; and whether the intervals hold.
 
-    python -m benchmarks.contributor_credit [--quick] [--check] [--out FILE] [--plot FILE.png] [--seeds N]
+    python -m benchmarks.contributor_credit [--quick] [--check] [--utility NAME] [--out FILE] [--plot FILE.png]
 
 A tiny Llama with LoRA learns facts about people who do not exist (benchmarks/attribution/), brought by eight
 contributors of whom the last errs on purpose. Every coalition of them is trained, which gives exact Banzhaf values for
-each query. Then coalitions are drawn again and again, as a settlement would draw them, and the values they give are
-compared: their correlation with the exact ones, and how many 90 % intervals cover them (a cell is a contributor and a
-query; a benchmark is the mean over the asked queries). The floors hold a whole `trailmark settle --budget 32`, which
-also spends retrains on leave-one-out. Seeds, queries and drawn coalitions are hashed before the first retrain. --quick
-takes one seed and a smaller lab.
+each query, by likelihood (the default of `trailmark settle`) or log-likelihood. Then coalitions are drawn again and
+again, as a settlement would draw them, and the values they give are compared: their correlation with the exact ones,
+and how many 90 % intervals cover them (a cell is a contributor and a query; a benchmark is the mean over the asked
+queries). The floors hold a whole `trailmark settle --budget 32`, which also spends retrains on leave-one-out. Seeds,
+queries and drawn coalitions are hashed before the first retrain. --quick takes one seed and a smaller lab.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from benchmarks.attribution.lab import Lab, LabSettings
 
 Array = NDArray[np.float64]
 CACHE = Path("build/contributor_credit")
+UTILITIES = ("likelihood", "log_likelihood")
 NUM_PLAYERS, NUM_ASKED, CONFIDENCE = 8, 24, 0.9
 SETTLE = "trailmark settle --budget 32"
 BUDGETS = (16, 24, 32, 48, 64, 128)
@@ -87,7 +88,7 @@ def digest_of(lab: Lab, draws: Sequence[Draw]) -> str:
 
 
 def train_all(lab: Lab, *, cache: Path) -> tuple[Array, float]:
-    """Return utilities [2^8, q] (nats per answer token, higher is better) and CPU seconds a retrain; resumes."""
+    """Return log-likelihoods [2^8, q] (nats per answer token) and CPU seconds a retrain; resumes."""
     folder = cache / lab.digest[:16]
     folder.mkdir(parents=True, exist_ok=True)
     owners = np.array([int(row.contributor.rpartition("-")[2]) for row in lab.world.rows])
@@ -109,11 +110,12 @@ def train_all(lab: Lab, *, cache: Path) -> tuple[Array, float]:
     return np.concatenate(parts), seconds / len(coalitions)
 
 
-def in_run_sums(lab: Lab) -> Array:
+def in_run_sums(lab: Lab, *, utility: str) -> Array:
     """Return [8, q]: first-order gains of each contributor's rows, summed over looks at the run."""
     owners = torch.tensor([int(row.contributor.rpartition("-")[2]) for row in lab.world.rows])
     masks = (owners[None, :] == torch.arange(NUM_PLAYERS)[:, None]).float()
-    return group_gains(lab.run(), masks, lab.queries).double().numpy()
+    gains = group_gains(lab.run(), masks, lab.queries, of_likelihood=utility == "likelihood")
+    return gains.double().numpy()
 
 
 def _design(seed: int, num_pairs: int) -> PairDesign:
@@ -189,10 +191,11 @@ class SeedResult:
     retrain_cpu_s: float
 
 
-def measure(lab: Lab, draws: Sequence[Draw], *, cache: Path) -> SeedResult:
+def measure(lab: Lab, draws: Sequence[Draw], *, cache: Path, utility: str) -> SeedResult:
     """Train all coalitions of a lab and score every method on every draw."""
-    utilities, cpu_s = train_all(lab, cache=cache)
-    gradients = in_run_sums(lab)
+    logs, cpu_s = train_all(lab, cache=cache)
+    utilities = np.exp(logs) if utility == "likelihood" else logs
+    gradients = in_run_sums(lab, utility=utility)
     everywhere, shapley = exact_banzhaf(utilities), exact_shapley(utilities)
     asked = [utilities[:, draw.asked] for draw in draws]
     exact = [exact_banzhaf(one) for one in asked]
@@ -332,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--plot", type=Path, help="draw a PNG")
     options.add_argument("--seeds", type=int, default=3, help="how many labs (full form)")
     options.add_argument("--draws", type=int, default=100, help="settlements simulated for each lab")
+    options.add_argument("--utility", choices=UTILITIES, default=UTILITIES[0], help="what a coalition is measured by")
     options.add_argument("--cache", type=Path, default=CACHE, help="retrains by digest")
     return options
 
@@ -348,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
         lab = Lab(LabSettings(size=size), seed=seed, folder=options.cache)
         draws = plan_draws(seed, num_queries=size.num_queries, num_draws=options.draws)
         print(f"seed {seed}: experiment, queries and coalitions sha256 {digest_of(lab, draws)}", flush=True)
-        results.append(measure(lab, draws, cache=options.cache))
+        results.append(measure(lab, draws, cache=options.cache, utility=options.utility))
     print_tables(results)
     held = floors(results)
     print()
@@ -358,18 +362,21 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if options.plot:
         plot(results, options.plot)
-    text = json.dumps(_to_json(results, held, quick=options.quick))
+    text = json.dumps(_to_json(results, held, form="quick" if options.quick else "full", utility=options.utility))
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
     print(text)
     return 1 if options.check and not all(one["passed"] for one in held) else 0
 
 
-def _to_json(results: Sequence[SeedResult], held: Sequence[dict[str, Any]], *, quick: bool) -> dict[str, Any]:
+def _to_json(
+    results: Sequence[SeedResult], held: Sequence[dict[str, Any]], *, form: str, utility: str
+) -> dict[str, Any]:
     scores, covers = over_seeds(results)
     return {
         "benchmark": "contributor_credit",
-        "form": "quick" if quick else "full",
+        "form": form,
+        "utility": utility,
         "hardware": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
         "figures": list(held),
         "r": {name: {str(budget): asdict(one) for budget, one in part.items()} for name, part in scores.items()},

@@ -8,7 +8,8 @@ writes. The shape, for N records:
     base models 3    prompts N/5000    adapters N/100, one refinement and one base each
     benchmarks N/100    publications N/125, up to 8 versions of a name    adapter_loaded N/30
     influence N/50 (of a batch of completions and its first adapter)    redactions N/20000 (of datasets and refinements)
-    completions: the rest, each of 1 to 4 adapters, drawn by 1/rank, newer adapters more popular, and their bases
+    completions: the rest, each of 1 to 4 adapters, drawn by 1/rank, newer adapters more popular, and their bases;
+        every other one of a prompt, the r-th with weight 1/r
 
 in 100 rounds, so that all kinds lie mixed through the log. Redacted records have no private half. Each completions
 record names one of at most 1,000 tables of 16 receipts.
@@ -35,14 +36,13 @@ from attribution.log.sequencer import CHECKPOINT, ENTRIES, LENGTH_BYTES
 from attribution.private_records import PrivateRecords
 from attribution.records import PAYLOAD_TYPE, STATEMENT_TYPE, pre_auth_encoding
 from attribution.store import write_atomically
-from attribution.trail import Trail
+from attribution.trail import MAX_GROUP, Trail
 
 NUM_ROUNDS = 100
 ROWS_PER_DATASET = 200
 MAX_TABLES, RECEIPTS_PER_TABLE = 1000, 16
 RULES = ("length", "language", "licence", "pii", "decontaminate", "dedup")
 START_US = 1_795_000_000_000_000
-FLUSH_RECORDS = 20_000
 CODE = {"commit": "0" * 40, "dirty": False, "version": "0.1.0"}
 BUFFER_BYTES = 1 << 20
 
@@ -232,6 +232,10 @@ class HomeWriter:
         body = {"replica": f"replica-{number % 16}", "root": table[7:], "count": RECEIPTS_PER_TABLE, "table": table}
         body |= {"first_time_us": START_US, "last_time_us": START_US}
         parents = [leaf for leaf, _, _ in adapters] + [self.made.bases[base][0] for base in bases]
+        if number % 2:
+            prompt = self._by_rank(len(self.made.prompts))
+            inputs.append(("prompt", f"prompt-{prompt}", digest_of("template", prompt)))
+            parents.append(self.made.prompts[prompt])
         self.made.completions.append(self._record("completions", body, parents=parents, inputs=inputs))
 
     def _influence(self, number: int) -> None:
@@ -308,7 +312,7 @@ class HomeWriter:
         if kind in ("dataset", "refinement"):
             self._index[leaf_hash.hex()] = self._frontier.size - 1
         self._private.append((leaf_hash.hex(), seal_private(envelope, salt)))
-        if len(self._private) >= FLUSH_RECORDS:
+        if len(self._private) >= MAX_GROUP:  # as a commit of the log has them: segments get their usual size
             self._flush_private()
         return leaf_hash.hex()
 

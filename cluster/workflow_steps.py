@@ -131,12 +131,13 @@ def real_kinds(tools: Tools) -> dict[str, StepKind]:
     def settle(trail: "Trail", task: Task) -> "Sequence[Entry]":
         tools.ray()
         with tools.bars("settle") as bars:
+            from pipelines.settle.asked import asked
             from pipelines.settle.driver import settle
 
             assert isinstance(task.step, SettleStep)
-            options = {"settings": task.settings.settle, "progress": bars, "workflow": task.definition}
-            adapter, suite = task.input("adapter").digest, _suite(task)
-            report = settle(trail, adapter, suite=suite, over=task.step.over, **options)
+            adapter, suite, section = task.input("adapter").digest, _suite(task), task.settings.settle
+            ready = asked(trail, adapter, suite=suite, over=task.step.over, settings=section)
+            report = settle(trail, ready, progress=bars, workflow=task.definition)
             assert report is not None, "only a dry run returns nothing"
             return [report.entry]
 
@@ -169,10 +170,10 @@ def standing_of(trail: "Trail", task: Task) -> Standing:
 
 
 def _for_refine(trail: "Trail", task: Task) -> Ingredients:
-    from pipelines.refine.read import contributions
+    from pipelines.refine.read import refinable
 
     assert isinstance(task.step, RefineStep)
-    chosen = contributions(trail, task.step.datasets)
+    chosen = refinable(trail, task.step.datasets)
     # The registration counts beside the rows: it decides which of two equal rows stays, and who is named.
     inputs = [Artefact("contribution", item.name, f"sha256:{item.origin.dataset}") for item in chosen]
     return Ingredients(tuple(inputs), trail.run_config(task.settings.refine))

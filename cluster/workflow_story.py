@@ -9,7 +9,8 @@ import yaml
 
 from attribution.approvals import Request
 from attribution.bodies import ApprovalBody
-from attribution.people import people, require_person, signed_by
+from attribution.log.proved import VerifyError
+from attribution.people import People, require_person
 from attribution.workflow_effects import Effect, recorded_effects
 from attribution.workflow_patches import Patch, recorded_patches
 from attribution.workflow_runs import Run, StepRun, recorded_runs
@@ -25,7 +26,7 @@ RUN_ID = re.compile(r"(?P<name>.+)-(?P<number>[1-9][0-9]*)")
 
 @dataclass(frozen=True)
 class Approval:
-    """A decision as the log has it; `is_valid`: signed by the approver it names."""
+    """A decision as the log has it; `is_valid`: signed by the approver it names, with a key good then."""
 
     leaf_hash: str
     index: int
@@ -103,7 +104,7 @@ def _require_asked(trail: "Trail", workflow: Workflow, step_name: str, name: str
 
 def approvals_of(trail: "Trail", workflow: str) -> list[Approval]:
     """Return every recorded decision on a workflow's steps, in order of the log."""
-    names = {person.key_id: person for person in people(trail).values()}
+    people = People(trail)
     found = []
     for entry in trail.entries(kind="approval"):
         body = entry.record.body if entry.record is not None else None
@@ -113,9 +114,11 @@ def approvals_of(trail: "Trail", workflow: str) -> list[Approval]:
         if subject != workflow:
             continue
         key_id = entry.record.contributors[0].key_id if entry.record.contributors else ""
-        person = names.get(key_id)
-        is_valid = person is not None and signed_by(entry, person)
-        name = person.name if person is not None else key_id[:12]
+        name = people.names.get(key_id, key_id[:12])
+        try:
+            is_valid = people.signer_of(entry) == name
+        except VerifyError:
+            is_valid = False
         found.append(Approval(entry.leaf_hash, entry.index, entry.leaf.time_us, step, name, is_valid, body))
     return found
 

@@ -93,12 +93,14 @@ class TrainSettings(Section):
     gradient_projection_dim: int = Field(
         32, ge=1, description="most directions kept of each module's long side, for the rows of the gradient store"
     )
-    gradient_row_dim: int = Field(4096, ge=1, description="int8 numbers of an example's gradient at a checkpoint")
+    gradient_row_dim: int = Field(
+        4096, ge=1, description="int8 numbers of an example's row, a sum over the checkpoints (`adam`: a row at each)"
+    )
     gradient_preconditioner: Literal["ekfac", "adam", "identity"] = Field(
         "ekfac", description="what scores examples' gradients against an answer's"
     )
     gradient_damping: float = Field(0.1, gt=0, description="`ekfac`: share of a module's mean eigenvalue added to each")
-    gradient_fit_examples: int = Field(64, ge=1, description="rows drawn at each checkpoint to fit these on")
+    gradient_fit_examples: int = Field(32, ge=1, description="rows drawn at each checkpoint to fit these on")
     threads_per_worker: int = Field(1, ge=1)
     num_probe_rows: int = Field(4, ge=1, description="rows whose logits must survive save and reload")
     reload_tolerance: float = Field(
@@ -126,7 +128,7 @@ class SettleSettings(Section):
     )
     confidence: float = Field(0.9, gt=0, lt=1)
     seed: int = Field(0, ge=0, description="of the draw of coalitions; the training keeps the adapter's own")
-    utility: Literal["log_likelihood", "exact_match"] = "log_likelihood"
+    utility: Literal["likelihood", "log_likelihood", "exact_match"] = "likelihood"
     max_new_tokens: int = Field(32, ge=1, description="of an answer that is matched exactly")
     gradient_prior: bool = Field(False, description="start from what gradients predict of contributors and datasets")
     num_workers: int = Field(2, ge=1, description="processes that train at once")

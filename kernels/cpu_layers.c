@@ -48,14 +48,15 @@ static int64_t widest(const Step *s) {
     return most > heads ? most : heads;
 }
 
-/* The adapters of one group of one layer. bounds: where its modules' outputs begin, and the end. */
-static LoraCall lora_call(const Step *s, int64_t layer, int group, const int64_t *bounds) {
+/* The adapters of one group of one layer. bounds: where its modules' outputs begin, and the end. widened: where the group's
+product leaves x as float32, or NULL. */
+static LoraCall lora_call(const Step *s, const float *widened, int64_t layer, int group, const int64_t *bounds) {
     static const int64_t first[GROUPS] = {0, 3, 4, 6}, count[GROUPS] = {3, 1, 2, 1};
     void *outputs[GROUPS] = {s->qkv, s->normed, s->gate_up, s->delta};
     const void *inputs[GROUPS] = {s->normed, s->attended, s->normed, s->hidden};
     const int64_t sizes[GROUPS] = {s->I, s->H * s->D, s->I, s->F};
     return (LoraCall){outputs[group],
-                      inputs[group],
+                      widened ? widened : inputs[group],
                       s->lora_weights,
                       s->lora_table + layer * s->lora_layer_stride,
                       s->lora_row_stride,
@@ -67,13 +68,15 @@ static LoraCall lora_call(const Step *s, int64_t layer, int group, const int64_t
                       sizes[group],
                       bounds[count[group]],
                       (int)s->dtype,
+                      widened ? F32 : (int)s->dtype,
                       (int)s->lora_dtype};
 }
 
 static void product(const Step *s, const Scratch *m, int64_t layer, int group, const void *w, const void *bias,
-                    int64_t out_size) {
-    const LoraCall shape = lora_call(s, layer, group, (const int64_t[]){0, 0, 0, 0});
-    Linear l = {shape.y, shape.x, w, bias, s->T, shape.I, out_size, 0, (int)s->dtype};
+                    int64_t out_size, const void *next_w, int64_t next_I) {
+    const LoraCall shape = lora_call(s, NULL, layer, group, (const int64_t[]){0, 0, 0, 0});
+    Linear l = {shape.y, shape.x, w, bias, s->T, shape.I, out_size, 0, (int)s->dtype, next_w, next_I,
+                m->lora ? m->lora[layer * GROUPS + group].wanted : NULL};
     team_linear(&l, (int)s->dtype, m->next + layer * GROUPS + group, m->widened);
     if (m->lora) team_lora_add(m->lora + layer * GROUPS + group);
 }
@@ -83,19 +86,20 @@ static void run_layer(const Step *s, const Scratch *m, int64_t index, float *sco
     const int dtype = (int)s->dtype;
     int64_t qkv_size = (s->H + 2 * s->G) * s->D;
     team_add_rms_norm(s->normed, s->x, index ? s->delta : NULL, layer->input_norm, s->T, s->I, (float)s->eps, dtype);
-    product(s, m, index, QKV, layer->qkv, layer->qkv_bias, qkv_size);
+    product(s, m, index, QKV, layer->qkv, layer->qkv_bias, qkv_size, layer->o, s->H * s->D);
     Rope rope = {s->qkv,          layer->k,      layer->v, s->cos, s->sin, s->positions, s->slots,
                  layer->q_norm, layer->k_norm, s->H,     s->G,   s->D,   (float)s->eps};
     team_rope_kv(&rope, s->T, dtype);
     Attention attention = {s->attended, s->qkv, layer->k, layer->v, s->runs,       m->run_of,
                            s->T,        s->H,   s->G,     s->D,     layer->window, (float)s->scale};
     team_attention(&attention, attention_chunk(s->T, s->G, (int)s->num_threads), scores, dtype);
-    product(s, m, index, O, layer->o, layer->o_bias, s->I);
+    product(s, m, index, O, layer->o, layer->o_bias, s->I, layer->gate_up, s->I);
     /* The product left the attention's output in `normed`, which the norm reads row by row before it writes there. */
     team_add_rms_norm(s->normed, s->x, s->normed, layer->post_norm, s->T, s->I, (float)s->eps, dtype);
-    product(s, m, index, GATE_UP, layer->gate_up, layer->gate_up_bias, 2 * s->F);
+    product(s, m, index, GATE_UP, layer->gate_up, layer->gate_up_bias, 2 * s->F, layer->down, s->F);
     team_silu_mul(s->hidden, s->gate_up, s->T, s->F, dtype);
-    product(s, m, index, DOWN, layer->down, layer->down_bias, s->I);
+    const void *next_qkv = index + 1 < s->num_layers ? layer[1].qkv : NULL;
+    product(s, m, index, DOWN, layer->down, layer->down_bias, s->I, next_qkv, s->I);
 }
 
 static int allocate(Scratch *m, const Step *s) {
@@ -138,7 +142,7 @@ EXPORT int trailmark_layers(const Step *s) {
             if (m.lora) {
 #pragma omp for schedule(static) reduction(| : is_short)
                 for (int64_t i = 0; i < s->num_layers * GROUPS; i++) {
-                    LoraCall call = lora_call(s, i / GROUPS, (int)(i % GROUPS), bounds[i % GROUPS]);
+                    LoraCall call = lora_call(s, m.widened, i / GROUPS, (int)(i % GROUPS), bounds[i % GROUPS]);
                     is_short |= lora_prepare(m.lora + i, &call, (int)s->num_threads);
                 }
             }

@@ -9,7 +9,9 @@ Many segments of a few tokens, a decode step of many adapters, are bound by memo
 does, which is one stretch of memory (A of the group's modules, then B), read from front to back as the processor reads
 ahead. Two threads of a Xeon, SmolLM2 shapes, 32 adapters: 26 GB/s,
 what the machine reads at best; in columns of B it was 21. */
+#include <omp.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "cpu_team.h"
 
@@ -18,6 +20,7 @@ what the machine reads at best; in columns of B it was 21. */
 #define ITEM_ROWS 64
 #define ITEM_RANKS TILE
 #define ITEM_COLUMNS 256
+#define FIXED_COLUMNS 64
 #define WHOLES_PER_THREAD 4
 #define STRIP 2048 /* columns of one token summed at a time: 8 KiB, in the first-level cache */
 
@@ -177,16 +180,16 @@ INLINE void expand_token(void *y, const float *h, const void *b, int64_t rank, i
 
 /* All that one segment of a few tokens does: its products, shrinks first. */
 INLINE void whole_segment(const Product *products, int64_t count, void *y, int64_t stride, const void *x, int64_t I,
-                          const int dtype, const int w_dtype) {
+                          const int y_dtype, const int x_dtype, const int w_dtype) {
     for (const Product *p = products; p < products + count; p++)
         for (int64_t r = 0; r < p->rank; r++)
             for (int64_t t = p->start; t < p->end; t++)
-                shrink_tile(1, 1, p->shrunk + (t - p->start) * p->rank + r, p->rank, at(x, t * I, dtype),
-                            at(p->a, r * I, w_dtype), I, dtype, w_dtype);
+                shrink_tile(1, 1, p->shrunk + (t - p->start) * p->rank + r, p->rank, at(x, t * I, x_dtype),
+                            at(p->a, r * I, w_dtype), I, x_dtype, w_dtype);
     for (const Product *p = products; p < products + count; p++)
         for (int64_t t = p->start; t < p->end; t++)
-            expand_token((void *)at(y, t * stride + p->column, dtype), p->shrunk + (t - p->start) * p->rank, p->b,
-                         p->rank, p->num_columns, dtype, w_dtype);
+            expand_token((void *)at(y, t * stride + p->column, y_dtype), p->shrunk + (t - p->start) * p->rank, p->b,
+                         p->rank, p->num_columns, y_dtype, w_dtype);
 }
 
 /* Cut products into items of `size` rank rows (or columns) times ITEM_ROWS tokens; return how many (items may be 0). */
@@ -203,29 +206,46 @@ static int64_t cut(Item *items, const Product *products, int64_t num_products, i
     return count;
 }
 
-INLINE void compute(const LoraWork *w, const int dtype, const int w_dtype) {
+INLINE void compute(const LoraWork *w, const int y_dtype, const int x_dtype, const int w_dtype) {
     const LoraCall *c = &w->call;
     const Item *expands = w->items + w->num_shrinks;
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    int64_t fixed = w->fixed_per_thread * team < w->num_segments ? w->fixed_per_thread * team : w->num_segments;
+    for (int64_t s = thread; s < fixed; s += team)
+        whole_segment(w->products + w->segments[s].first, w->segments[s].count, c->y, c->stride, c->x, c->I,
+                      y_dtype, x_dtype, w_dtype);
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t s = 0; s < w->num_segments; s++)
-        whole_segment(w->products + w->segments[s].first, w->segments[s].count, c->y, c->stride, c->x, c->I, dtype,
-                      w_dtype);
-    if (w->num_shrinks) {
+    for (int64_t s = fixed; s < w->num_segments; s++)
+        whole_segment(w->products + w->segments[s].first, w->segments[s].count, c->y, c->stride, c->x, c->I,
+                      y_dtype, x_dtype, w_dtype);
+    if (w->is_fixed) {
+        for (int64_t i = w->num_shrinks * thread / team; i < w->num_shrinks * (thread + 1) / team; i++)
+            shrink_item(&w->products[w->items[i].product], &w->items[i], c->x, c->I, x_dtype, w_dtype);
+#pragma omp barrier
+        for (int64_t i = w->num_expands * thread / team; i < w->num_expands * (thread + 1) / team; i++)
+            expand_item(&w->products[expands[i].product], &expands[i], c->y, c->stride, y_dtype, w_dtype);
+    } else if (w->num_shrinks) {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < w->num_shrinks; i++)
-            shrink_item(&w->products[w->items[i].product], &w->items[i], c->x, c->I, dtype, w_dtype);
+            shrink_item(&w->products[w->items[i].product], &w->items[i], c->x, c->I, x_dtype, w_dtype);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < w->num_expands; i++)
-            expand_item(&w->products[expands[i].product], &expands[i], c->y, c->stride, dtype, w_dtype);
+            expand_item(&w->products[expands[i].product], &expands[i], c->y, c->stride, y_dtype, w_dtype);
     }
 #pragma omp barrier
 }
 
 void team_lora_add(const LoraWork *w) {
-    if (w->call.dtype == F32 && w->call.w_dtype == F32) compute(w, F32, F32);
-    if (w->call.dtype == F32 && w->call.w_dtype == BF16) compute(w, F32, BF16);
-    if (w->call.dtype == BF16 && w->call.w_dtype == F32) compute(w, BF16, F32);
-    if (w->call.dtype == BF16 && w->call.w_dtype == BF16) compute(w, BF16, BF16);
+    const int y = w->call.dtype, x = w->call.x_dtype;
+    if (w->call.w_dtype == F32) {
+        if (y == F32) compute(w, F32, F32, F32);
+        else if (x == F32) compute(w, BF16, F32, F32);
+        else compute(w, BF16, BF16, F32);
+    } else {
+        if (y == F32) compute(w, F32, F32, BF16);
+        else if (x == F32) compute(w, BF16, F32, BF16);
+        else compute(w, BF16, BF16, BF16);
+    }
 }
 
 /* List the products of all segments, those of long ones first, which are cut into items; return [long ones, floats]. */
@@ -252,17 +272,79 @@ static void list_products(LoraWork *w, int num_threads, int64_t *num_long, int64
             else *num_long = num_products;
         }
     }
+    w->num_products = num_products;
+}
+
+static Range shrink_range(const LoraWork *w, const Item *item) {
+    const Product *p = &w->products[item->product];
+    int64_t row = w->call.I * ELEMENT_SIZE(w->call.w_dtype);
+    return (Range){(const char *)p->a + item->first * row, (item->last - item->first) * row, 1, 0};
+}
+
+static Range expand_range(const LoraWork *w, const Item *item) {
+    const Product *p = &w->products[item->product];
+    const int size = ELEMENT_SIZE(w->call.w_dtype);
+    return (Range){(const char *)p->b + item->first * size, (item->last - item->first) * size, p->rank,
+                   p->num_columns * size};
+}
+
+/* Add to what a thread wants, up to `room` lines; return how many lines are left of them. */
+static int64_t want(Wanted *wanted, Range *ranges, Range range, int64_t room) {
+    int64_t lines = range.count * (range.bytes / 64 + 1);
+    if (lines > room) return 0;
+    ranges[wanted->num_ranges++] = range;
+    wanted->num_lines += lines;
+    return room - lines;
+}
+
+/* What each thread will read first, where that is known: to be asked for during the product before. A thread's share of what its
+second-level cache holds beside the product's panels. */
+static int list_wanted(LoraWork *w) {
+    int64_t most = w->num_shrinks + w->num_expands + 2 * w->num_products, cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    int64_t room = (cache > 0 ? cache : 1 << 18) / 2 / 64;
+    w->wanted = calloc((size_t)w->num_threads, sizeof(Wanted));
+    w->ranges = malloc(sizeof(Range) * (size_t)(most * w->num_threads + 1));
+    if (!w->wanted || !w->ranges) return 1;
+    for (int64_t t = 0; t < w->num_threads; t++) {
+        Range *ranges = w->ranges + t * most;
+        int64_t left = room;
+        w->wanted[t].ranges = ranges;
+        for (int64_t k = 0; k * w->num_threads + t < w->num_segments && left; k++) {
+            const LoraSegment *s = &w->segments[k * w->num_threads + t];
+            for (int64_t p = s->first; p < s->first + s->count && left; p++) {
+                const Item all = {(int32_t)p, 0, 0, (int32_t)w->products[p].rank};
+                left = want(&w->wanted[t], ranges, shrink_range(w, &all), left);
+            }
+            for (int64_t p = s->first; p < s->first + s->count && left; p++) {
+                const int size = ELEMENT_SIZE(w->call.w_dtype);
+                int64_t bytes = w->products[p].rank * w->products[p].num_columns * size;
+                left = want(&w->wanted[t], ranges, (Range){w->products[p].b, bytes, 1, 0}, left);
+            }
+            if (t == 0 && left) w->fixed_per_thread = k + 1;
+        }
+        if (!w->is_fixed) continue;
+        for (int64_t i = w->num_shrinks * t / w->num_threads; i < w->num_shrinks * (t + 1) / w->num_threads; i++)
+            left = want(&w->wanted[t], ranges, shrink_range(w, &w->items[i]), left);
+        for (int64_t i = w->num_expands * t / w->num_threads; i < w->num_expands * (t + 1) / w->num_threads; i++)
+            left = want(&w->wanted[t], ranges, expand_range(w, &w->items[w->num_shrinks + i]), left);
+    }
+    return 0;
 }
 
 int lora_prepare(LoraWork *w, const LoraCall *call, int num_threads) {
     int64_t num_long = 0, scratch = 0, most = call->num_segments * call->num_modules;
-    *w = (LoraWork){.call = *call};
+    *w = (LoraWork){.call = *call, .num_threads = num_threads};
     w->products = malloc(sizeof(Product) * (size_t)(most + 1));
     w->segments = malloc(sizeof(Segment) * (size_t)(call->num_segments + 1));
     if (!w->products || !w->segments) return 1;
     list_products(w, num_threads, &num_long, &scratch);
+    int64_t longest = 0;
+    for (int64_t p = 0; p < num_long; p++)
+        if (w->products[p].end - w->products[p].start > longest) longest = w->products[p].end - w->products[p].start;
+    w->is_fixed = num_long && longest <= ITEM_ROWS;
+    int64_t columns = w->is_fixed ? FIXED_COLUMNS : ITEM_COLUMNS;
     w->num_shrinks = cut(NULL, w->products, num_long, ITEM_RANKS, 1);
-    w->num_expands = cut(NULL, w->products, num_long, ITEM_COLUMNS, 0);
+    w->num_expands = cut(NULL, w->products, num_long, columns, 0);
     w->shrunk = malloc(sizeof(float) * (size_t)(scratch + 1));
     w->items = malloc(sizeof(Item) * (size_t)(w->num_shrinks + w->num_expands + 1));
     if (!w->shrunk || !w->items) return 1;
@@ -272,11 +354,13 @@ int lora_prepare(LoraWork *w, const LoraCall *call, int num_threads) {
         next += p->rank * (p->end - p->start);
     }
     cut(w->items, w->products, num_long, ITEM_RANKS, 1);
-    cut(w->items + w->num_shrinks, w->products, num_long, ITEM_COLUMNS, 0);
-    return 0;
+    cut(w->items + w->num_shrinks, w->products, num_long, columns, 0);
+    return list_wanted(w);
 }
 
 void lora_release(LoraWork *w) {
+    free(w->wanted);
+    free(w->ranges);
     free(w->items);
     free(w->shrunk);
     free(w->segments);
@@ -290,7 +374,7 @@ EXPORT int trailmark_lora_add(void *y, const void *x, const void *weights, const
                               const int64_t *bounds, int64_t I, int64_t stride, int dtype, int w_dtype,
                               int num_threads) {
     LoraCall call = {y,           x,      weights, table, table_stride, segments, num_segments, first_module,
-                     num_modules, bounds, I,       stride, dtype,       w_dtype};
+                     num_modules, bounds, I,       stride, dtype,       dtype,    w_dtype};
     LoraWork work;
     int is_short = lora_prepare(&work, &call, num_threads);
     if (!is_short) {

@@ -5,12 +5,29 @@ leaves it when all of the work is done. Outside a parallel region one thread doe
 
 #include "cpu_vector.h"
 
-/* y = x W^T (+ bias) (+ y). y may be float32 where `out_dtype` says so, then without `add`. */
+/* `count` stretches of memory, each of `bytes`, the next one `stride` further. */
+typedef struct {
+    const char *start;
+    int64_t bytes, count, stride;
+} Range;
+
+/* What a thread reads soon. */
+typedef struct {
+    const Range *ranges;
+    int64_t num_ranges, num_lines;
+} Wanted;
+
+/* y = x W^T (+ bias) (+ y). y may be float32 where `out_dtype` says so, then without `add`. next_w, next_I: the packed
+weight that the team multiplies by next, and its input size; NULL where that is not known. wanted: for each thread, what else
+it is to bring into its cache meanwhile, or NULL. */
 typedef struct {
     void *y;
     const void *x, *w, *bias;
     int64_t num_rows, I, O;
     int add, out_dtype;
+    const void *next_w;
+    int64_t next_I;
+    const Wanted *wanted;
 } Linear;
 
 /* Whether a product in this dtype wants num_rows * I floats of scratch. */
@@ -54,7 +71,7 @@ void team_attention(const Attention *a, int64_t chunk, float *scratch, int dtype
 /* Items (a row's head) that a thread takes at once. */
 int64_t attention_chunk(int64_t num_rows, int64_t G, int num_threads);
 
-/* One group of linears' adapters: the arguments of trailmark_lora_add. */
+/* One group of linears' adapters: the arguments of trailmark_lora_add; x of float32 where x_dtype says so. */
 typedef struct {
     void *y;
     const void *x, *weights;
@@ -64,7 +81,7 @@ typedef struct {
     int64_t num_segments, first_module, num_modules;
     const int64_t *bounds;
     int64_t I, stride;
-    int dtype, w_dtype;
+    int dtype, x_dtype, w_dtype;
 } LoraCall;
 
 typedef struct LoraProduct LoraProduct;
@@ -77,7 +94,11 @@ typedef struct {
     LoraSegment *segments;
     LoraItem *items; /* shrinks, then expands */
     float *shrunk;
-    int64_t num_segments, num_shrinks, num_expands;
+    int64_t num_products, num_segments, num_shrinks, num_expands;
+    int num_threads, is_fixed;  /* is_fixed: a thread knows its items of long segments beforehand */
+    int64_t fixed_per_thread;   /* and the first so many short segments */
+    Range *ranges;
+    Wanted *wanted; /* [num_threads] */
 } LoraWork;
 
 /* By one thread. Returns 0, or 1 when memory ran out; to be released in either case. */

@@ -21,6 +21,7 @@ from attribution.records import SALT_BYTES, Record, build_leaf, record_to_envelo
 from attribution.registry import RegistryError
 from attribution.store import Store
 from attribution.trail import Draft, Entry, Trail, record_of
+from attribution.trust_file import TRUST_FILE
 from configs.errors import UserError
 from configs.schema import BenchmarkSettings, RefineSettings, Section, TrainSettings
 
@@ -181,6 +182,7 @@ def _rehearsal(trail: Trail, record: Record) -> Iterator[Rehearsal]:
     parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=parent))
     try:
+        _link(trail.home / TRUST_FILE, scratch / TRUST_FILE)
         for artefact in record.inputs:
             source = trail.store.path_of(artefact.digest)
             target = scratch / "store" / source.relative_to(trail.store.root)

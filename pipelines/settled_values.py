@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attribution.coalitions import Coalitions
-from attribution.credit import CreditError, Search, measure_credit
+from attribution.credit import RULE, CreditError, Search, measure_credit
 from attribution.estimates import Array
 from attribution.log.proved import VerifyError
 from attribution.settlement import Settlement
@@ -14,15 +14,17 @@ from configs.schema import SettleSettings
 if TYPE_CHECKING:
     from attribution.trail import Trail
 
-TOLERANCE = 1e-5
-"""What values may differ by, as a part of what all players gain: sums in another order, and the record's rounding."""
+TOLERANCE, ROUNDING = 1e-5, 1e-6
+"""What values may differ by: sums in another order, as a part of what all players gain, or the record's rounding."""
+OLDER = "; its plan does not say by which rule it was drawn and fitted: it may be an older one than this code's"
 
 
 def check_values(trail: "Trail", settlement: Settlement) -> str:
     """Fit the recorded utilities again and return what was shown.
 
     Raises:
-        VerifyError: the settings, the plan or a coalition is missing, or a value is another one; the player is named.
+        VerifyError: the settings, the plan or a coalition is missing, it was settled by another rule than this code's,
+            or a value is another one; the player is named.
     """
     record = trail.entry(settlement.leaf_hash).record
     where = f"settlement {settlement.leaf_hash[:16]}"
@@ -30,6 +32,13 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
         raise VerifyError("values", f"{where}: the settings it was made under are not in this home")
     how = SettleSettings.model_validate(trail.get_json(record.config))
     plan = trail.get_json(settlement.plan)
+    if (rule := plan.get("rule", RULE)) != RULE:
+        raise VerifyError(
+            "values",
+            f"{where}: it was drawn and fitted by rule {rule} and this code has rule {RULE}; check its values with the "
+            f"code it was made with, {record.code.commit or 'which its record does not name'}",
+        )
+    older = "" if "rule" in plan else OLDER
     order = [(str(player["kind"]), str(player["id"])) for player in plan["players"]]
     prior = np.array(trail.get_table(plan["prior"])["gains"].to_pylist()) if plan.get("prior") else None
     rows = trail.get_table(settlement.table).to_pylist()
@@ -38,7 +47,9 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
     def recorded(coalitions: Coalitions) -> Array:
         bits = ["".join("1" if bit else "0" for bit in row) for row in coalitions]
         if missing := [name for name in bits if name not in cells]:
-            raise VerifyError("values", f"{where}: coalition {missing[0]}, which its seed draws, is not in its table")
+            raise VerifyError(
+                "values", f"{where}: coalition {missing[0]}, which its seed draws, is not in its table{older}"
+            )
         return np.array([cells[name] for name in bits], dtype=np.float64)
 
     try:
@@ -46,8 +57,8 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
     except CreditError as error:
         raise VerifyError("values", f"{where}: {error}") from error
     if len(credit.coalitions) != len(rows):
-        raise VerifyError("values", f"{where}: {len(rows)} coalitions recorded, {len(credit.coalitions)} follow")
-    allowed = TOLERANCE * max(1.0, abs(settlement.full_value - settlement.empty_value))
+        raise VerifyError("values", f"{where}: {len(rows)} coalitions recorded, {len(credit.coalitions)} follow{older}")
+    allowed = max(ROUNDING, TOLERANCE * abs(settlement.full_value - settlement.empty_value))
     fitted = credit.banzhaf
     told: dict[tuple[str, str], tuple[str, float, float, float]] = {
         (one.kind, one.id): (one.name, one.value, one.low, one.high) for one in settlement.players
@@ -59,7 +70,7 @@ def check_values(trail: "Trail", settlement: Settlement) -> str:
             raise VerifyError(
                 "values",
                 f"{where}: {found[0]}: recorded {_interval(*found[1:])}, but {_interval(*again)} follows from the "
-                "recorded coalitions",
+                f"recorded coalitions{older}",
             )
     return f"values: {len(order)} players' values and intervals follow from the {len(rows)} recorded coalitions"
 

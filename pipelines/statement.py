@@ -55,10 +55,15 @@ def near_duplicates(policy: Policy) -> NearDuplicates:
 
 
 def registered_rows(trail: "Trail") -> dict[str, RegisteredRow]:
-    """Return every registered row by its id. A contributor whose key was rotated is one person, by the first key."""
+    """Return every registered row by its id. A contributor whose key was rotated is one person, by the first key.
+
+    What a revoked key registered is left out: it claims no priority and is no copy.
+    """
     first_key = first_keys(trail)
     rows: dict[str, RegisteredRow] = {}
     for contribution in contributions(trail):
+        if contribution.problem:
+            continue
         origin = contribution.origin
         for row in pq.read_table(verified_rows(trail, contribution)).to_pylist():
             messages = tuple((message["role"], message["content"]) for message in row["messages"] or ())

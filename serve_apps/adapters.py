@@ -57,8 +57,20 @@ def signature_check(trail: Trail, policy: Literal["off", "present", "required"])
     """
     if policy == "off":
         return lambda digest: None
-    signed = SignedModels(trail, Trust.load(trail.home / TRUST_FILE))
-    return lambda digest: signed.check(digest, is_required=policy == "required")
+    trust_file, known = trail.home / TRUST_FILE, dict[tuple[int, int], SignedModels]()
+
+    def check(digest: str) -> object:
+        found = trust_file.stat()
+        stamp = (found.st_mtime_ns, found.st_ino)
+        signed = known.get(stamp)
+        if signed is None:  # a revocation may leave no way from the old trust to the new
+            signed = SignedModels(trail, Trust.load(trust_file))
+            known.clear()
+            known[stamp] = signed
+        return signed.check(digest, is_required=policy == "required")
+
+    Trust.load(trust_file)  # an unusable one is told now
+    return check
 
 
 def signature(folder: Path) -> Signature:

@@ -57,6 +57,11 @@ class GradientCodec:
         """Numbers in a row, a multiple of `BLOCK`."""
         return len(self.order)
 
+    @property
+    def is_of_each_view(self) -> bool:
+        """Whether rows differ from checkpoint to checkpoint by more than the gradient, so that they do not add up."""
+        return self.preconditioner == "adam"
+
     def encode(self, pairs: Mapping[str, FactorPair], *, exp_avg_sq: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return float32 [n, d] on the device of the pairs.
 
@@ -66,7 +71,14 @@ class GradientCodec:
         if list(pairs) != [factor.name for factor in self.factors]:
             raise ValueError("the gradients are of other modules than the codec's; they belong to another adapter")
         scale = adam_scale(exp_avg_sq) if self.preconditioner == "adam" else None
-        turned = torch.cat([one.turned(pairs[one.name], scale).flatten(1) for one in self.factors], dim=1)
+        return self._row([one.turned(pairs[one.name], scale) for one in self.factors])
+
+    def encode_gradients(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Return the rows [n, d] of gradients [n, r, l] by factor, as `encode` does where no moments are needed."""
+        return self._row([one.short_basis.mT @ gradients[one.name] @ one.long_basis for one in self.factors])
+
+    def _row(self, turned_NAB: Sequence[Tensor]) -> Tensor:
+        turned = torch.cat([one.flatten(1) for one in turned_NAB], dim=1)
         places, weights = self._columns
         row = turned.index_select(1, places).mul_(weights)
         return row if len(places) == self.dim else nn.functional.pad(row, (0, self.dim - len(places)))

@@ -9,6 +9,7 @@ https://arxiv.org/abs/1806.03884; Grosse et al. 2023, https://arxiv.org/abs/2308
 Shape legend: n examples, t token positions, r rank, l long side, a and b basis vectors.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from attribution.influence.encode import IGNORED_LABEL
 from attribution.influence.factors import Encoded, FactorPair, LoraFactors
 from attribution.influence.gradients import adam_scale, scale_of
 
+KEPT_BYTES = 250_000_000
+"""Pairs that a fit keeps instead of running the model again: all of a small model's, none of 64 rows of a 135M one."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -60,10 +63,11 @@ def damped_weight(eigenvalues: Tensor, *, mean: float | Tensor, damping: float) 
 class CodecFit:
     """Fits one codec, at one checkpoint or pooled over several: first `add_bases` at each, then `add_squares` at each.
 
-    Of every sample the first half gives the bases, the other half eigenvalues and energies, so that neither is measured
-    where the other was fitted; a sample of one example serves as both. Raises ValueError for an empty sample, or when
-    "adam" gets no second moments. With second moments "ekfac" rows are scaled so that the sample's self-influence is
-    what Adam's preconditioner makes of it: scores are then nats, as under "adam".
+    Bases, eigenvalues and energies rest on the same sample: on two halves of one twice as large they foretell retrains
+    no better (docs/log.md, 2026-11-25). What its backward passes gave is kept from one to the other as far as
+    `KEPT_BYTES` go. Raises ValueError for an empty sample, or when "adam" gets no second moments. With second moments
+    "ekfac" rows are scaled so that the sample's self-influence is what Adam's preconditioner makes of it: scores are
+    then nats, as under "adam".
     """
 
     def __init__(self, factors: LoraFactors, settings: CodecSettings) -> None:
@@ -72,6 +76,8 @@ class CodecFit:
         self._short: dict[str, Tensor] = {}
         self._long: dict[str, _Sketch] = {}
         self._sums: dict[str, _Sums] = {}
+        self._kept: deque[list[dict[str, FactorPair]] | None] = deque()
+        self._room = KEPT_BYTES
 
     def add_bases(self, sample: Sequence[Encoded], *, exp_avg_sq: Mapping[str, Tensor] | None = None) -> None:
         """Take in what the bases rest on, at the model's present weights.
@@ -80,30 +86,31 @@ class CodecFit:
         second moments E[G G^T] and E[G^T G] (a truncated higher-order SVD): there is no Fisher matrix to follow.
         """
         scale = self._scale(sample, exp_avg_sq)
-        for batch in self._batches(sample[: len(sample) // 2] or sample):
-            is_reached = _is_reached(batch)
-            for name, pair in self._deciding_pairs(batch).items():
+        kept: list[dict[str, FactorPair]] = []
+        for batch in self._batches(sample):
+            is_reached, pairs = _is_reached(batch), self._pairs(batch)
+            for name, pair in pairs.items():
                 short, long = self._basis_rows(name, pair, scale, is_reached=is_reached.to(pair.short.device))
                 self._short[name] = self._short.get(name, 0) + short.mT @ short  # type: ignore[assignment]
                 if name not in self._long:
                     dim, seed = self.settings.basis_dim, self.settings.seed
                     self._long[name] = _Sketch(long.shape[1], dim, like=long, seed=seed)
                 self._long[name].add(long)
+            self._room -= sum(pair.short.nbytes + pair.long.nbytes for pair in pairs.values())
+            kept = [*kept, pairs] if self._room >= 0 else []
+        self._kept.append(kept if self._room >= 0 else None)
 
     def add_squares(self, sample: Sequence[Encoded], *, exp_avg_sq: Mapping[str, Tensor] | None = None) -> None:
-        """Take in eigenvalues and energies; the first call settles the bases."""
+        """Take in eigenvalues and energies of the samples that gave the bases, in the same order; the first call
+        settles the bases."""
         scale, adam = self._scale(sample, exp_avg_sq), adam_scale(exp_avg_sq)
         if not self._sums:
             self.settle_bases()
-        for batch in self._batches(sample[len(sample) // 2 :]):
-            drawn, given = self._both_pairs(batch)
+        kept = self._kept.popleft()
+        for pairs in kept or (self._pairs(batch) for batch in self._batches(sample)):
             for name, sums in self._sums.items():
-                gradient = given[name].gradient()
-                sums.add(
-                    _scaled(drawn[name].gradient(), scale, name),
-                    _scaled(gradient, scale, name),
-                    _scaled(gradient, adam, name),
-                )
+                gradient = pairs[name].gradient()
+                sums.add(_scaled(gradient, scale, name), _scaled(gradient, adam, name))
 
     def settle_bases(self) -> list[Tensor]:
         """Make the bases out of what was taken in, and return them, for workers to share one worker's."""
@@ -121,14 +128,14 @@ class CodecFit:
         """Return what was fitted; its tensors are on the CPU."""
         fitted, energies = [], []
         for name, sums in self._sums.items():
-            weight = torch.ones_like(sums.eigenvalues)
+            weight = torch.ones_like(sums.squares)
             if self.settings.preconditioner == "ekfac":
                 rank, length = self.factors.shapes[name]
-                mean = sums.drawn_size / (rank * length)
-                weight = damped_weight(sums.eigenvalues / sums.num, mean=mean / sums.num, damping=self.settings.damping)
+                mean = sums.size / (rank * length)
+                weight = damped_weight(sums.squares / sums.num, mean=mean / sums.num, damping=self.settings.damping)
             everything = torch.arange(weight.numel(), device=weight.device)
             fitted.append(FactorCodec(name, sums.short_basis, sums.long_basis, weight, everything))
-            energies.append(sums.energies * weight**2)
+            energies.append(sums.squares * weight**2)
         fitted = self._in_nats(fitted, energies)
         return cut(self.settings.preconditioner, fitted, energies, dim=self.settings.dim).to("cpu")
 
@@ -143,18 +150,11 @@ class CodecFit:
         for rows in self.factors.batches(sample):
             yield [sample[row] for row in rows]
 
-    def _deciding_pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
+    def _pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
         """Return the pairs of the targets that the preconditioner rests on."""
         if self.settings.preconditioner == "ekfac":
             return self.factors.drawn_pairs(batch, self._generator)
         return self.factors.pairs(batch)
-
-    def _both_pairs(self, batch: Sequence[Encoded]) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
-        """Return those and the pairs of the given targets."""
-        if self.settings.preconditioner == "ekfac":
-            return self.factors.both_pairs(batch, self._generator)
-        given = self.factors.pairs(batch)
-        return given, given
 
     def _basis_rows(
         self, name: str, pair: FactorPair, scale: Mapping[str, Tensor] | None, *, is_reached: Tensor
@@ -181,23 +181,18 @@ class _Sums:
 
     def __init__(self, short_basis: Tensor, long_basis: Tensor) -> None:
         self.short_basis, self.long_basis = short_basis, long_basis
-        self.eigenvalues = short_basis.new_zeros(short_basis.shape[1], long_basis.shape[1])
-        self.energies = torch.zeros_like(self.eigenvalues)
-        self.drawn_size, self.adam_size, self.num = (short_basis.new_zeros(()) for _ in range(3))
+        self.squares = short_basis.new_zeros(short_basis.shape[1], long_basis.shape[1])
+        self.size, self.adam_size, self.num = (short_basis.new_zeros(()) for _ in range(3))
 
-    def add(self, drawn: Tensor, given: Tensor, adam: Tensor) -> None:
-        """Take in gradients [n, r, l]: of drawn targets, of given ones, and these under Adam's scale."""
-        self.eigenvalues += self._turned(drawn).square().sum(0)
-        self.energies += self._turned(given).square().sum(0)
-        self.drawn_size += drawn.square().sum()
+    def add(self, gradient: Tensor, adam: Tensor) -> None:
+        """Take in gradients [n, r, l], and the same under Adam's scale."""
+        self.squares += (self.short_basis.mT @ gradient @ self.long_basis).square().sum(0)
+        self.size += gradient.square().sum()
         self.adam_size += adam.square().sum()
-        self.num += len(drawn)
+        self.num += len(gradient)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.eigenvalues, self.energies, self.drawn_size, self.adam_size, self.num
-
-    def _turned(self, gradient: Tensor) -> Tensor:
-        return self.short_basis.mT @ gradient @ self.long_basis
+        return self.squares, self.size, self.adam_size, self.num
 
 
 def _scaled(gradient: Tensor, scale: Mapping[str, Tensor] | None, name: str) -> Tensor:

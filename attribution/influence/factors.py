@@ -53,6 +53,15 @@ class FactorPair:
         return torch.bmm(self.short.float().mT, self.long.float())
 
 
+@dataclass(frozen=True)
+class Padded:
+    """A batch as tensors [n, t]; see `pad_batch`."""
+
+    input_ids: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
 @dataclass
 class Activations:
     """What one forward pass leaves behind, in module order."""
@@ -97,17 +106,27 @@ class LoraFactors:
         bytes_per_token = 8 * sum(linear.in_features + linear.out_features for linear in linears)
         return min(MAX_BATCH_TOKENS, BATCH_BYTES // bytes_per_token)
 
+    @cached_property
+    def batch_rows(self) -> int:
+        """How many whole gradients fit `BATCH_BYTES` three times: a checkpoint's, its factors' and their sum."""
+        num_weights = sum(rank * length for rank, length in self.shapes.values())
+        return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // (12 * num_weights)))
+
     def batches(self, examples: Sequence[Encoded]) -> Iterator[list[int]]:
-        """Yield rows in batches of like length, longest first; of `batch_tokens` at most unless one alone has more."""
+        """Yield rows in batches of like length, longest first: `batch_rows`, and `batch_tokens` unless one has more."""
         order = sorted(range(len(examples)), key=lambda row: -len(examples[row][0]))
         start = 0
         while start < len(order):
             longest = len(examples[order[start]][0])
-            stop = start + max(1, min(MAX_BATCH_ROWS, self.batch_tokens // max(1, longest)))
+            stop = start + max(1, min(self.batch_rows, self.batch_tokens // max(1, longest)))
             yield order[start:stop]
             start = stop
 
-    def pairs(self, batch: Sequence[Encoded]) -> dict[str, FactorPair]:
+    def padded(self, batch: Sequence[Encoded]) -> Padded:
+        """Return a batch as tensors beside the model, for passes at more than one checkpoint."""
+        return Padded(*pad_batch(batch, device=next(self.model.parameters()).device))
+
+    def pairs(self, batch: Sequence[Encoded] | Padded) -> dict[str, FactorPair]:
         """Return each factor's pair for the summed loss of each example, by factor name."""
         with self.forward(batch) as (seen, logits, targets):
             return self.backward(seen, logits, _pull(logits, targets))
@@ -119,14 +138,6 @@ class LoraFactors:
         """
         with self.forward(batch) as (seen, logits, _):
             return self.backward(seen, logits, _pull(logits, _draw(logits, generator)))
-
-    def both_pairs(
-        self, batch: Sequence[Encoded], generator: torch.Generator
-    ) -> tuple[dict[str, FactorPair], dict[str, FactorPair]]:
-        """Return (`drawn_pairs`, `pairs`) of one forward."""
-        with self.forward(batch) as (seen, logits, targets):
-            drawn = self.backward(seen, logits, _pull(logits, _draw(logits, generator)), retain_graph=True)
-            return drawn, self.backward(seen, logits, _pull(logits, targets))
 
     def group_pairs(self, example: Encoded, *, num_groups: int) -> Iterator[dict[str, FactorPair]]:
         """Yield the pairs of contiguous groups of one example's target tokens; their gradients sum to the example's.
@@ -142,12 +153,11 @@ class LoraFactors:
                 yield self.backward(seen, logits, part, retain_graph=number < len(groups))
 
     @contextmanager
-    def forward(self, batch: Sequence[Encoded]) -> Iterator[tuple[Activations, Tensor, Tensor]]:
+    def forward(self, batch: Sequence[Encoded] | Padded) -> Iterator[tuple[Activations, Tensor, Tensor]]:
         """Yield (activations, logits, targets) of one recorded forward pass, the latter two as of `target_logits`."""
-        device = next(self.model.parameters()).device
-        input_ids, labels, mask = pad_batch(batch, device=device)
+        given = batch if isinstance(batch, Padded) else self.padded(batch)
         with evaluating(self.model), torch.enable_grad(), self._recording() as seen:
-            yield seen, *target_logits(self.model, input_ids, labels, mask=mask)
+            yield seen, *target_logits(self.model, given.input_ids, given.labels, mask=given.mask)
 
     def backward(
         self, seen: Activations, logits: Tensor, pull: Tensor, *, retain_graph: bool = False

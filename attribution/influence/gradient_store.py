@@ -3,12 +3,14 @@
 Layout of a store, format trailmark-gradients/v1:
     store.json                      everything below with its SHA-256; replaced in one step by every change
     codecs/<view>.safetensors       how a gradient becomes a row (see codec.py); views may share one
-    residual.npy                    if fitted: what a question's row is cleared of (see residual.py)
+    residual-<digest>.npy           if fitted: what a question's row is cleared of (see residual.py); once residual.npy
     shards/<name>/ids.json          example ids in row order
     shards/<name>/weights.npy       float32 [rows, views]: the exposure of each example that a view stands for
     shards/<name>/<view>.codes.npy  int8 [rows, d]     <view>.scales.npy  uint8 [rows, d / BLOCK]
-    shards/<name>/<view>.sizes.npy  float32 [rows, 2]: the unit of the codes, the length of the row
-A view is a checkpoint of the run, named by its step. A node may hold some of the shards only; it serves those.
+    shards/<name>/<view>.sizes.npy  float32 [rows, 2]: the unit of the codes, what a cosine divides the row by
+A view is a checkpoint of the run, named by its step, and a cosine divides by a row's length. Where the header lists the
+checkpoints that a view `sums`, it is the only one: see `build.encode` for its rows, of which a cosine divides by the
+mean length of the gradients that went in. A node may hold some of the shards only; it serves those.
 """
 
 import fcntl
@@ -17,7 +19,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -32,82 +33,17 @@ from attribution.disk import write_atomically
 from attribution.influence.codec import GradientCodec
 from attribution.influence.quantise import Quantised, quantise
 from attribution.influence.residual import Residual
+from attribution.influence.shard import Shard
 from configs.errors import UserError
 from kernels.gradients import BLOCK
 
 FORMAT = "trailmark-gradients/v1"
-HEADER_FILE, RESIDUAL_FILE = "store.json", "residual.npy"
+HEADER_FILE = "store.json"
 SHARD_ROWS = 4096
 
 
 class GradientStoreError(UserError):
     """A gradient store is missing, altered, of another format, or was asked for what it does not hold."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Some rows of a store. `removed`: rows that were deleted and still lie there."""
-
-    folder: Path
-    num_rows: int
-    removed: tuple[int, ...]
-    files: Mapping[str, str]
-    _opened: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this machine holds the shard."""
-        return self.folder.is_dir()
-
-    @property
-    def num_live(self) -> int:
-        return self.num_rows - len(self.removed)
-
-    @cached_property
-    def ids(self) -> tuple[str, ...]:
-        """Example ids of all rows, removed ones among them."""
-        return tuple(json.loads((self.folder / "ids.json").read_text(encoding="utf-8")))
-
-    @cached_property
-    def live(self) -> NDArray[np.int64]:
-        """Rows that were not deleted."""
-        return np.setdiff1d(np.arange(self.num_rows), np.asarray(self.removed, dtype=np.int64))
-
-    @cached_property
-    def weights(self) -> NDArray[np.float32]:
-        """Float32 [rows, views]."""
-        loaded: NDArray[np.float32] = np.load(self.folder / "weights.npy")
-        return loaded
-
-    def rows(self, view: str) -> Quantised:
-        """Return the memory-mapped codes and scales of a view; the files stay open."""
-        return Quantised(self._map(view, "codes"), self._map(view, "scales"), self._sizes(view)[0])
-
-    def lengths(self, view: str) -> NDArray[np.float32]:
-        """Return float32 [rows]: the Euclidean length of each row."""
-        return self._sizes(view)[1]
-
-    def _sizes(self, view: str) -> NDArray[np.float32]:
-        """Return float32 [2, rows], contiguous: units and lengths."""
-        name = f"{view}.sizes.npy"
-        if name not in self._opened:
-            self._opened[name] = np.ascontiguousarray(np.load(self.folder / name).T)
-        sizes: NDArray[np.float32] = self._opened[name]
-        return sizes
-
-    def _map(self, view: str, kind: str) -> Any:
-        name = f"{view}.{kind}.npy"
-        if name not in self._opened:
-            # Copy-on-write: read-only memory cannot become a torch tensor without a warning.
-            self._opened[name] = np.asarray(np.load(self.folder / name, mmap_mode="c"))
-        return self._opened[name]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "rows": self.num_rows, "removed": list(self.removed), "files": dict(self.files)}
 
 
 class GradientStore:
@@ -127,9 +63,19 @@ class GradientStore:
 
     @classmethod
     def create(
-        cls, path: Path, codecs: Mapping[str, GradientCodec], *, about: Mapping[str, str] | None = None
+        cls,
+        path: Path,
+        codecs: Mapping[str, GradientCodec],
+        *,
+        about: Mapping[str, str] | None = None,
+        sums: Sequence[str] = (),
+        has_residual: bool = False,
     ) -> "GradientStore":
-        """Make an empty store of one view per codec; `about` is kept for readers, as text (how the fit was made)."""
+        """Make an empty store of one view per codec; `about` is kept for readers, as text (how the fit was made).
+
+        `sums`: the checkpoints that the rows of the only view are summed over; none where views are checkpoints.
+        `has_residual`: every change fits one to the examples as they are then; it needs one codec for all views.
+        """
         if not codecs:
             raise GradientStoreError("codecs: none given; a store needs one view at least")
         if (path / HEADER_FILE).exists():
@@ -150,15 +96,28 @@ class GradientStore:
                     "energy_kept_micro": round(codec.energy_kept * 1_000_000),
                     "codec": file.name,
                     "sha256": _sha256(file),
+                    **({"sums": list(sums)} if sums else {}),
                 }
             )
         header = {"format": FORMAT, "block": BLOCK, "about": dict(about or {}), "views": views, "shards": []}
+        if has_residual:
+            header["residual"] = ""
         _write_header(path, header)
         return cls(path, verify=False)
 
     @property
     def views(self) -> tuple[str, ...]:
         return tuple(view["name"] for view in self._header["views"])
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether rows are sums over checkpoints: there is one view then."""
+        return "sums" in self._header["views"][0]
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The checkpoints whose gradients the rows hold."""
+        return tuple(self._header["views"][0].get("sums", self.views))
 
     @property
     def about(self) -> dict[str, str]:
@@ -194,7 +153,7 @@ class GradientStore:
         return int(self._entry(view)["dim"])
 
     def codec(self, view: str) -> GradientCodec:
-        """Return how a gradient becomes a row of a view."""
+        """Return how a gradient becomes a row of a view, or of a checkpoint that a view sums."""
         return GradientCodec.load(self.codec_file(view))
 
     def codec_file(self, view: str) -> Path:
@@ -203,22 +162,33 @@ class GradientStore:
 
     def _entry(self, view: str) -> dict[str, Any]:
         for entry in self._header["views"]:
-            if entry["name"] == view:
+            if view == entry["name"] or view in entry.get("sums", ()):
                 return dict(entry)
         raise GradientStoreError(f"gradient store {self.path}: no view {view!r}; it has {', '.join(self.views)}")
 
     @cached_property
     def residual(self) -> Residual | None:
-        """What a question's row is cleared of before it meets all views; None where none was fitted."""
-        return Residual.load(self.path / RESIDUAL_FILE) if "residual" in self._header else None
+        """What a question's row is cleared of before it meets all views; None where there is none.
 
-    def fit_residual(self) -> None:
-        """Fit it to the examples as they are now. Needs one codec for all views, and all shards here."""
-        with self._changing():
-            Residual.of([shard for shard in self.shards if shard.num_live], self.views).save(self.path / RESIDUAL_FILE)
-            _sync(self.path / RESIDUAL_FILE)
-            self._header["residual"] = _sha256(self.path / RESIDUAL_FILE)
-            self._commit(self.shards)
+        Nor is there one after a change that not all shards were there for, until one that all are there for.
+        """
+        return Residual.load(self._residual_file()) if self._header.get("residual") else None
+
+    def _fit_residual(self, shards: Sequence[Shard]) -> str:
+        """Write the residual of some shards beside the one before; return its SHA-256, '' if it cannot be fitted."""
+        live = [shard for shard in shards if shard.num_live]
+        if not live or not all(shard.is_here for shard in live):
+            return ""
+        partial = self.path / "residual.partial.npy"
+        Residual.of(live, self.views).save(partial)
+        _sync(partial)
+        digest = _sha256(partial)
+        partial.rename(self.path / _residual_name(digest))
+        return digest
+
+    def _residual_file(self) -> Path:
+        file = self.path / _residual_name(self._header["residual"])
+        return file if file.exists() else self.path / "residual.npy"
 
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all live examples that are here, in row order."""
@@ -228,8 +198,8 @@ class GradientStore:
         """Hash every file that is here. Raises GradientStoreError naming the first that is missing or altered."""
         for entry in self._header["views"]:
             self._check(self.path / "codecs" / entry["codec"], entry["sha256"])
-        if "residual" in self._header:
-            self._check(self.path / RESIDUAL_FILE, self._header["residual"])
+        if self._header.get("residual"):
+            self._check(self._residual_file(), self._header["residual"])
         for shard in self.shards:
             if shard.is_here:
                 for name, digest in shard.files.items():
@@ -263,7 +233,8 @@ class GradientStore:
     def delete(self, ids: Sequence[str], *, compact: bool = False) -> None:
         """Leave examples out from now on; their bytes go with `compact`. GradientStoreError names an unknown id.
 
-        A residual, which rests on them too, goes at once; it is fitted again where all the other examples are.
+        A residual, which rests on them too, is fitted again in the same step where all the other examples are here;
+        elsewhere it goes.
         """
         with self._changing():
             wanted = set(ids)
@@ -278,11 +249,7 @@ class GradientStore:
             if wanted:
                 elsewhere = "" if all(shard.is_here for shard in self.shards) else ", among the shards on this machine"
                 raise GradientStoreError(f"example {min(wanted)!r}: no gradient of it is in {self.path}{elsewhere}")
-            had_residual = self._header.pop("residual", None)
             self._commit(changed)
-            (self.path / RESIDUAL_FILE).unlink(missing_ok=True)
-        if had_residual and self.num_examples and all(shard.is_here for shard in self.shards):
-            self.fit_residual()
         if compact:
             self.compact()
 
@@ -296,7 +263,7 @@ class GradientStore:
                     kept += group
                 elif sum(shard.num_live for shard in group):
                     kept += self._rewritten(group)
-            self._commit(kept)
+            self._commit(kept, is_same=True)
             known = {shard.name for shard in kept}
             for folder in (self.path / "shards").glob("*"):
                 if folder.name not in known:
@@ -333,9 +300,17 @@ class GradientStore:
                 raise GradientStoreError(f"example {example_id!r}: is in {self.path} already; delete it first")
             known.add(example_id)
 
-    def _commit(self, shards: Sequence[Shard]) -> None:
-        _write_header(self.path, {**self._header, "shards": [shard.to_json() for shard in shards]})
+    def _commit(self, shards: Sequence[Shard], *, is_same: bool = False) -> None:
+        """Replace the header, and with it the residual unless the examples are those of before."""
+        header = {**self._header, "shards": [shard.to_json() for shard in shards]}
+        if "residual" in header and not is_same:
+            header["residual"] = self._fit_residual(shards)
+        _write_header(self.path, header)
         self._read()
+        kept = self._residual_file().name if header.get("residual") else ""
+        for file in self.path.glob("residual*.npy"):
+            if file.name != kept:
+                file.unlink()
 
     def _read(self) -> None:
         file = self.path / HEADER_FILE
@@ -384,8 +359,18 @@ class Addition:
             folder.mkdir(parents=True)
             self._allocate(number, len(self._ids[number * SHARD_ROWS : (number + 1) * SHARD_ROWS]))
 
-    def put(self, view: str, rows: Sequence[int], values: NDArray[np.float32]) -> None:
-        """Quantise float32 [m, d] and write them as those rows of a view. GradientStoreError names a bad one."""
+    def put(
+        self,
+        view: str,
+        rows: Sequence[int],
+        values: NDArray[np.float32],
+        *,
+        lengths: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Quantise float32 [m, d] and write them as those rows of a view. GradientStoreError names a bad one.
+
+        `lengths` [m]: what a cosine divides a row by; without, its own length.
+        """
         expected = (len(rows), self._dims[view])
         if values.shape != expected:
             raise GradientStoreError(f"view {view}: rows are {values.shape}, expected {expected}")
@@ -394,7 +379,7 @@ class Addition:
         except ValueError as error:
             broken = self._ids[rows[int(np.argmax(~np.isfinite(values).all(axis=1)))]]
             raise GradientStoreError(f"example {broken!r}: its gradient is not finite in view {view}") from error
-        self.put_quantised(view, rows, quantised, quantised.lengths())
+        self.put_quantised(view, rows, quantised, quantised.lengths() if lengths is None else lengths)
 
     def put_quantised(self, view: str, rows: Sequence[int], values: Quantised, lengths: NDArray[np.float32]) -> None:
         """Write rows that are quantised already."""
@@ -462,6 +447,10 @@ def _groups(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
 def _write_header(path: Path, header: dict[str, Any]) -> None:
     sealed = {**header, "seal": _seal(header)}
     write_atomically(path / HEADER_FILE, json.dumps(sealed, indent=1, sort_keys=True).encode())
+
+
+def _residual_name(digest: str) -> str:
+    return f"residual-{digest[:16]}.npy"
 
 
 def _seal(header: Mapping[str, Any]) -> str:

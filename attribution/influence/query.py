@@ -1,6 +1,6 @@
 """What the model says about one completion: gradients at every checkpoint, and the adapter's gain over the base."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ class AdapterModels:
         trace = rows.trace
         model = self._load(base, adapter)
         features = self._features_like(model, trace)
-        with _served_again(features.factors):
+        with served_again(features.factors):
             return np.stack(
                 [self._at(features, completion, trace, step, num_groups) for step in trace.checkpoint_steps]
             )
@@ -112,13 +112,13 @@ class AdapterModels:
         num_groups: int = 1,
         views: Sequence[str] | None = None,
     ) -> NDArray[np.float32]:
-        """Return float32 [views, token groups, d] for some views of a store, all by default.
+        """Return float32 [views, token groups, d] at some checkpoints of a store, all by default.
 
         One forward per view, one backward per view and group. Raises TraceError when the store is of another adapter.
         """
         factors = LoraFactors(self._load(base, adapter))
-        with _served_again(factors):
-            parts = [self._view(factors, completion, trace, store, view, num_groups) for view in views or store.views]
+        with served_again(factors):
+            parts = [self._view(factors, completion, trace, store, view, num_groups) for view in views or store.steps]
         return np.stack(parts)
 
     def _view(
@@ -137,9 +137,7 @@ class AdapterModels:
                 "the trace belongs to another adapter"
             )
         weights, moments = self._state(trace, int(view), with_moments=codec.preconditioner == "adam")
-        set_factor_weights(factors, weights)
-        groups = factors.group_pairs(completion.encoded, num_groups=num_groups)
-        return torch.cat([codec.encode(pairs, exp_avg_sq=moments) for pairs in groups]).cpu().numpy()
+        return checkpoint_rows(factors, codec, completion.encoded, weights, exp_avg_sq=moments, num_groups=num_groups)
 
     def _state(
         self, trace: Trace, step: int, *, with_moments: bool
@@ -199,8 +197,23 @@ class AdapterModels:
         return self._model
 
 
+def checkpoint_rows(
+    factors: LoraFactors,
+    codec: "GradientCodec",
+    example: Encoded,
+    weights: Mapping[str, Tensor],
+    *,
+    exp_avg_sq: Mapping[str, Tensor] | None = None,
+    num_groups: int = 1,
+) -> NDArray[np.float32]:
+    """Return float32 [token groups, d] of an example at a checkpoint, whose weights stay in the model."""
+    set_factor_weights(factors, weights)
+    groups = factors.group_pairs(example, num_groups=num_groups)
+    return torch.cat([codec.encode(pairs, exp_avg_sq=exp_avg_sq) for pairs in groups]).cpu().numpy()
+
+
 @contextmanager
-def _served_again(factors: LoraFactors) -> Iterator[None]:
+def served_again(factors: LoraFactors) -> Iterator[None]:
     """Put the factors' present weights back afterwards."""
     served = {name: parameter.detach().clone() for name, parameter in factors.parameters().items()}
     try:

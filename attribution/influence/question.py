@@ -72,7 +72,7 @@ def question_of(
     views: Sequence[str] | None = None,
     normalise: Normalise = "cosine",
 ) -> Question:
-    """Return the question of a receipt: its gradient at each of `views`.
+    """Return the question of a receipt: its gradient at each of `views`; their mean where rows are sums.
 
     By default the mean of its gradients at the middle and the last checkpoint, cleared of the store's residual, against
     the rows of all of them: an answer's gradient lives where training ended, what an example did lies along the way,
@@ -93,8 +93,8 @@ def question_of(
     base, adapter = (models.folder(trail.store, receipt[key]) for key in ("base", "adapter"))
     if not models.is_own(trace, adapter):
         raise ExplainError(f"receipt {receipt['id']}: {OTHER_WEIGHTS}")
-    is_pooled = views is None and store.preconditioner != "adam"
-    chosen = tuple(views or (asked_views(store.views) if is_pooled else store.views[-1:]))
+    is_pooled = store.is_summed or (views is None and store.preconditioner != "adam")
+    chosen = tuple(views or (asked_views(store.steps) if is_pooled else store.views[-1:]))
     rows = models.store_features(subject.completion, trace, store, base=base, adapter=adapter, views=chosen)
     if is_pooled:
         return Question(receipt["id"], digest, asked_of_all(store, rows, normalise))

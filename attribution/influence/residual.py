@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from attribution.influence.scores import TINY
 
 if TYPE_CHECKING:
-    from attribution.influence.gradient_store import Shard
+    from attribution.influence.shard import Shard
 
 NUM_DIRECTIONS, NUM_SAMPLED = 64, 512
 STRENGTH = 6.0

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from attribution.influence.store import Trace, TraceError
 
 if TYPE_CHECKING:
-    from attribution.influence.gradient_store import GradientStore, Shard
+    from attribution.influence.gradient_store import GradientStore
+    from attribution.influence.shard import Shard
     from kernels.native import Native
 
 STORE_FOLDER = Path("gradients") / "store"
@@ -97,7 +98,8 @@ class StoreRows:
     def description(self) -> str:
         """How the rows were made."""
         dims = sorted({self.store.dim(view) for view in self.store.views})
-        return f"{self.store.preconditioner}-preconditioned, {'/'.join(map(str, dims))} int8 numbers a row"
+        summed = f" summed over {len(self.store.steps)} checkpoints" if self.store.is_summed else ""
+        return f"{self.store.preconditioner}-preconditioned, {'/'.join(map(str, dims))} int8 numbers a row{summed}"
 
     @property
     def bytes_per_example(self) -> float:
@@ -110,13 +112,16 @@ class StoreRows:
 
     def exposure(self) -> NDArray[np.float64]:
         weights = np.concatenate([shard.weights[shard.live] for shard in self._shards]).astype(np.float64)
+        if self.store.is_summed:  # each checkpoint's question meets the same rows: an equal part of what these earn
+            weights = np.repeat(weights / len(self.store.steps), len(self.store.steps), axis=1)
         return self._in_order(weights.T)
 
     def corrections(self) -> NDArray[np.float64]:
-        return view_corrections(self.store)
+        found = view_corrections(self.store)
+        return np.repeat(found, len(self.store.steps)) if self.store.is_summed else found
 
     def dots(self, view: int, query: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        name = self.store.views[view]
+        name = self.store.views[0 if self.store.is_summed else view]
         parts = [shard_dots(shard, name, query) for shard in self._shards]
         dots = np.concatenate([part[0] for part in parts], axis=1)
         return self._in_order(dots), self._in_order(np.concatenate([part[1] for part in parts])[None])[0]
@@ -149,11 +154,15 @@ class StoreRows:
 
 
 def view_corrections(store: "GradientStore") -> NDArray[np.float64]:
-    """Return float64 [c]: sqrt(1 - beta2^step), since rows are in units of Adam's raw second moment; 1 without one."""
+    """Return float64 [views]: sqrt(1 - beta2^step), since rows are in units of Adam's raw second moment; 1 without one.
+
+    A row that is a sum over checkpoints takes their mean.
+    """
     beta2 = store.about.get("beta2")
     if beta2 is None:
         return np.ones(len(store.views))
-    return np.sqrt(1 - float(beta2) ** np.asarray([int(view) for view in store.views], dtype=np.float64))
+    found = np.sqrt(1 - float(beta2) ** np.asarray([int(step) for step in store.steps], dtype=np.float64))
+    return found.mean(keepdims=True) if store.is_summed else found
 
 
 def shard_dots(

@@ -14,7 +14,8 @@ from attribution.influence.rows import shard_dots, view_corrections
 from attribution.influence.scores import TINY, Normalise
 
 if TYPE_CHECKING:
-    from attribution.influence.gradient_store import GradientStore, Shard
+    from attribution.influence.gradient_store import GradientStore
+    from attribution.influence.shard import Shard
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@
                                   new key signs             what the key signed at time t or later does not count
 
 A key is known because the reader trusts it, because its contributor's own record brought it, or because a rotation
-passed the trust on: signed with the new key, and with the old one or the operator's.
+passed the trust on: signed with the new key, and with the old one or the operator's. What passed it on under a revoked
+key passed on the revocation with it: whoever had the key may have made that rotation.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from attribution.bodies import ContributorBody, KeyRevocationBody, KeyRotationBody
@@ -41,6 +43,8 @@ class KnownKey:
     last_index: int | None = None
     until_us: int | None = None
     replaced_us: int | None = None
+    voucher: str = ""  # the key that passed the trust on, at since_us; '' where nobody had to
+    since_us: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class LogKey:
     def key_id(self) -> str:
         """The id by which key records name it."""
         return key_id_of(self.key.public_bytes)
+
+
+class VoidRotation(VerifyError):
+    """A rotation for which a revoked key vouched: taken on, but its new key is as revoked as the old."""
 
 
 class KeyHistory:
@@ -101,7 +109,8 @@ class KeyHistory:
         """
         body = record.body
         if isinstance(body, KeyRevocationBody) or (isinstance(body, KeyRotationBody) and body.role != "contributor"):
-            self.check(index, record, envelope, record.kind.replace("_", " "))
+            with suppress(VoidRotation):  # what the new key signed is refused at its place
+                self.check(index, record, envelope, record.kind.replace("_", " "))
 
     def check(self, index: int, record: Record, envelope: bytes, what: str) -> tuple[str, ...]:
         """Return the key ids that signed record `index`, all known and good at its time; then learn from it.
@@ -135,6 +144,14 @@ class KeyHistory:
         if known is None or revocation.from_us < known.from_us:
             self.revoked[key_id] = revocation
 
+    def revocation_of(self, key_id: str) -> Revocation | None:
+        """Return from when on a key's signatures do not count: its own revocation, or that of what vouched for it."""
+        own, key = self.revoked.get(key_id), self.keys.get(key_id)
+        above = self.revocation_of(key.voucher) if key is not None and key.voucher else None
+        if key is None or above is None or key.since_us < above.from_us:
+            return own
+        return above if own is None or above.from_us < own.from_us else own
+
     def require_unrevoked(self) -> None:
         """Raise VerifyError when a record checked so far was signed at or after its key's revocation."""
         for _, time_us, key_id, what in self.uses:
@@ -158,15 +175,18 @@ class KeyHistory:
 
     def _use(self, index: int, time_us: int, key_id: str, what: str) -> None:
         """Check that a key was still in use at a record, and not revoked at its time."""
+        self._require_in_use(index, time_us, key_id, what)
+        self._require_unrevoked(key_id, time_us, what)
+        self.uses.append((index, time_us, key_id, what))
+
+    def _require_in_use(self, index: int, time_us: int, key_id: str, what: str) -> None:
         key = self.keys[key_id]
         is_late = key.last_index is not None and index > key.last_index
         if is_late or (key.until_us is not None and time_us > key.until_us):
             raise VerifyError("rotated key", f"{what}: signed with key {key_id[:16]} after another had taken its place")
-        self._require_unrevoked(key_id, time_us, what)
-        self.uses.append((index, time_us, key_id, what))
 
     def _require_unrevoked(self, key_id: str, time_us: int, what: str) -> None:
-        revoked = self.revoked.get(key_id)
+        revoked = self.revocation_of(key_id)
         if revoked is not None and time_us >= revoked.from_us:
             raise VerifyError(
                 "revoked key", f"{what}: signed with key {key_id[:16]} at or after its revocation: {revoked.reason}"
@@ -186,13 +206,19 @@ class KeyHistory:
         signers = self._signers(envelope, {**operators, **pair}, what)
         if body.key_id not in signers:
             raise VerifyError("key rotation", f"{what}: not signed with the new key")
-        vouched = body.old_key_id in signers or bool(set(signers) & (operators.keys() - pair.keys()))
-        if not vouched or not self._is_known(body):
+        may_vouch = {body.old_key_id} | (operators.keys() - pair.keys())
+        vouchers = [key_id for key_id in signers if key_id in may_vouch]
+        if not vouchers or not self._is_known(body):
             raise VerifyError("key rotation", f"{what}: neither the old key nor the operator's vouches for the new one")
-        for key_id in signers:
-            if key_id in self.keys and key_id != body.key_id:
+        used = [key_id for key_id in signers if key_id in self.keys and key_id != body.key_id]
+        for key_id in used:
+            self._require_in_use(index, record.time_us, key_id, what)
+        self._rotate(index, record.time_us, body, vouchers[0])
+        try:
+            for key_id in used:
                 self._use(index, record.time_us, key_id, what)
-        self._rotate(index, record.time_us, body)
+        except VerifyError as error:
+            raise VoidRotation(error.check, error.reason) from error
         return signers
 
     def _is_known(self, body: KeyRotationBody) -> bool:
@@ -201,7 +227,7 @@ class KeyHistory:
         known = {key_id for key_id, key in self.keys.items() if key.role == body.role}
         return body.old_key_id in known or body.key_id in known
 
-    def _rotate(self, index: int, time_us: int, body: KeyRotationBody) -> None:
+    def _rotate(self, index: int, time_us: int, body: KeyRotationBody, voucher: str) -> None:
         old_bytes, new_bytes = bytes.fromhex(body.old_public_key), bytes.fromhex(body.public_key)
         if body.role == "log":
             origin = next(iter(self.log_keys.values())).key.name
@@ -211,6 +237,8 @@ class KeyHistory:
             self.log_keys[body.old_key_id] = replace(old, last_size=old.last_size or index + 1)
             self.log_keys.setdefault(body.key_id, LogKey(NoteKey(origin, new_bytes)))
             return
-        old_key = self.keys.get(body.old_key_id, KnownKey(body.old_key_id, old_bytes, body.role, body.name))
+        backwards = KnownKey(body.old_key_id, old_bytes, body.role, body.name, voucher=body.key_id, since_us=time_us)
+        old_key = self.keys.get(body.old_key_id, backwards)
         self.keys[body.old_key_id] = replace(old_key, last_index=index, replaced_us=time_us)
-        self.keys.setdefault(body.key_id, KnownKey(body.key_id, new_bytes, body.role, old_key.name))
+        new_key = KnownKey(body.key_id, new_bytes, body.role, old_key.name, voucher=voucher, since_us=time_us)
+        self.keys.setdefault(body.key_id, new_key)

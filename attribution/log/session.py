@@ -6,7 +6,7 @@ from typing import Any
 
 from attribution.bodies import NOTICE_KINDS
 from attribution.log.facts import utc
-from attribution.log.key_history import KeyHistory, LogKey
+from attribution.log.key_history import KeyHistory, LogKey, VoidRotation
 from attribution.log.merkle import MerkleError, hash_leaf
 from attribution.log.note import Checkpoint, NoteError
 from attribution.log.policy import Cosigned, PolicyError
@@ -146,12 +146,17 @@ class Session:
     def sign(self, *records: ProvedRecord) -> list[ProvedRecord]:
         """Check every signature in log order, each key at its record's time; return `records` with their signers."""
         self.notices = [self.prove(value, f"notices[{number}]") for number, value in enumerate(self.notice_values)]
+        notices = {item.leaf_hash for item in self.notices}
         signers: dict[str, tuple[str, ...]] = {}
         for proved, envelope, what in sorted(self.opened.values(), key=lambda item: item[0].index):
             assert proved.record is not None
-            signers[proved.leaf_hash] = self.history.check(proved.index, proved.record, envelope, what)
+            try:
+                signers[proved.leaf_hash] = self.history.check(proved.index, proved.record, envelope, what)
+            except VoidRotation:
+                if proved.leaf_hash not in notices:
+                    raise
         self.history.require_unrevoked()
-        self.trust.require_agreement(self.notices)
+        self.trust.require_agreement(item for item in self.notices if item.leaf_hash in signers)  # none that is void
         return [replace(item, signers=signers.get(item.leaf_hash, ())) for item in records]
 
     def prove_lineage(self, values: Any) -> list[ProvedRecord]:

@@ -171,8 +171,8 @@ def units(amount: int) -> str:
     return f"{amount:,}".replace(",", "\u202f")
 
 
-def nats(micro: int) -> str:
-    """Return a value in micro-units with its sign, to four places."""
+def signed(micro: int) -> str:
+    """Return a value in micro-units of its settlement's utility with its sign, to four places."""
     return f"{micro / 1_000_000:+.4f}"
 
 
@@ -181,5 +181,5 @@ def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined)
-    environment.filters.update(units=units, nats=nats)
+    environment.filters.update(units=units, signed=signed)
     return environment.get_template("statement.jinja")

@@ -5,6 +5,7 @@ query's own forward and backward, which every method needs and which is measured
 """
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import process_time
@@ -128,11 +129,13 @@ def checkpoint_rates(lab: Lab) -> list[float]:
 
 
 def epoch_cpu_s(lab: Lab) -> float:
-    """Return the CPU seconds of one epoch of the recorded run, run alone."""
-    run = lab.base_run
-    began = process_time()
-    run.run()
-    return (process_time() - began) / lab.train.epochs
+    """Return the CPU seconds of one epoch of the recorded run, run alone; the median of three runs."""
+    run, seconds = lab.base_run, []
+    for _ in range(3):
+        began = process_time()
+        run.run()
+        seconds.append(process_time() - began)
+    return statistics.median(seconds) / lab.train.epochs
 
 
 def own_pass_cpu_s(lab: Lab) -> float:

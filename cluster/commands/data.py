@@ -92,12 +92,12 @@ def refine(
     from cluster.commands.data_tables import refinement_tables
     from cluster.session import ray_session
     from configs.schema import load_settings
-    from pipelines.refine.read import ALL, contributions
+    from pipelines.refine.read import ALL, refinable
 
     settings = load_settings(config)
     trail = Trail.open()
     chosen = dataset or [ALL]
-    contributions(trail, chosen)  # a wrong name is told before Ray takes its seconds to start
+    refinable(trail, chosen)  # a wrong name is told before Ray takes its seconds to start
     console = Console()
     with ray_session(trail.home, settings.cluster), _row_bar(console) as show:
         from pipelines.refine.driver import refine as run

@@ -71,19 +71,28 @@ def revoke(
     since: Annotated[
         str | None, typer.Option("--from", help="From when on, ISO 8601 in UTC (2026-11-25T08:00:00); default: now.")
     ] = None,
-    key: Annotated[str | None, typer.Option(help="Id of an older key of NAME; default: the one in use.")] = None,
+    key: Annotated[str | None, typer.Option(help="Id of one key of NAME; default: all in force then or later.")] = None,
 ) -> None:
-    """Record that what a key signed from a time on does not count. Older records stay valid."""
-    from attribution.key_changes import key_ids_of_name
+    """Record that what NAME signed from a time on does not count. Older records stay valid."""
+    from attribution.bodies import KeyRevocationBody
+    from attribution.key_changes import current_key, key_ids_of_name
     from attribution.key_changes import revoke as end
+    from attribution.log.facts import utc
     from attribution.trail import Trail
 
     trail = Trail.open(create=False)
     matches = [key_id for key_id in key_ids_of_name(trail, name) if key and key_id.startswith(key)]
     key_id = matches[0] if len(matches) == 1 else key
+    revoked = []
     for entry in end(trail, name, reason=reason, from_us=None if since is None else _time_us(since), key_id=key_id):
-        typer.secho(f"{entry.leaf.kind.replace('_', ' ')}: record {entry.leaf_hash[:12]}", fg="green")
-    if name not in ("operator", "log"):
+        body = entry.record.body if entry.record is not None else None
+        if isinstance(body, KeyRevocationBody):
+            revoked.append(body.key_id)
+            what = f"key {body.key_id[:16]} revoked from {utc(body.from_us)} on"
+        else:
+            what = "rotated first"
+        typer.secho(f"{name}: {what} (record {entry.leaf_hash[:12]})", fg="green")
+    if current_key(trail, name).key_id in revoked:
         typer.echo(f"`trailmark key rotate {name!r} --lost` gives {name} a new key.")
     _tell_readers(trail, name)
 
@@ -122,8 +131,9 @@ def _print(table: object) -> None:
 
 def _remote(name: str, uri: str, public_key: str | None) -> "RemoteKey":
     from attribution.keys import SigningKeyError
-    from attribution.remote_keys import RemoteKey, public_key_of
+    from attribution.remote_keys import RemoteKey, public_key_of, require_scheme
 
+    require_scheme(uri)
     if public_key is not None:
         return RemoteKey(name, uri, public_key_of(public_key))
     if not uri.startswith("file2:"):

@@ -26,7 +26,7 @@ def settle(
         float | None, typer.Option(min=0, help="Stop when intervals are this narrow; overrides settle.precision.")
     ] = None,
     utility: Annotated[
-        str | None, typer.Option(help="log_likelihood or exact_match; overrides settle.utility.")
+        str | None, typer.Option(help="likelihood, log_likelihood or exact_match; overrides settle.utility.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the draw of coalitions; overrides settle.seed.")] = None,
     dry_run: Annotated[
@@ -46,21 +46,19 @@ def settle(
     from cluster.session import ray_session
     from configs.schema import load_settings, parse_settings
     from pipelines.benchmark.run import resolve_adapter
-    from pipelines.settle.switches import switch_of
+    from pipelines.settle.asked import asked
 
     settings = load_settings(config)
     given = {"budget": budget, "precision": precision, "utility": utility, "seed": seed}
     overrides = {field: value for field, value in given.items() if value is not None}
     section = parse_settings({"settle": {**settings.settle.model_dump(), **overrides}}, source="command line").settle
     trail = Trail.open(create=False)
-    switch_of(over)  # a wrong name is told before Ray takes its seconds to start
     digests = tuple(resolve_adapter(trail, name).digest for name in others or ())
+    ready = asked(trail, adapter, suite=suite, over=over, settings=section, others=digests)
     console = Console()
     with ray_session(trail.home, settings.cluster), SettleBars(console) as bars:
         from pipelines.settle.driver import settle as run
 
-        report = run(
-            trail, adapter, suite=suite, over=over, settings=section, others=digests, progress=bars, dry_run=dry_run
-        )
+        report = run(trail, ready, progress=bars, dry_run=dry_run)
     if report is not None:
         console.print(settlement_table(report))

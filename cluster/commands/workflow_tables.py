@@ -200,7 +200,7 @@ def story_view(trail: "Trail", reference: str, *, with_diffs: bool) -> list[Rend
                 first, *rest = effect_view(trail, event.body)
                 shown += [_event(event.time_us, event.leaf_hash, str(first)), *rest]
             case Approval():
-                void = "" if event.is_valid else " [red](not signed with their key: void)[/red]"
+                void = "" if event.is_valid else " [red](void: not signed with a good key of theirs)[/red]"
                 note = f": {escape(event.body.reason)}" if event.body.reason else ""
                 told = f"{escape(event.step)} {event.body.decision} by {escape(event.name)}{note}{void}"
                 shown.append(_event(event.time_us, event.leaf_hash, told))

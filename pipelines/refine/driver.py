@@ -24,7 +24,7 @@ from configs.schema import RefineSettings
 from pipelines.refine import dedup
 from pipelines.refine.annotate import Origin, annotate
 from pipelines.refine.merge import Tally, merge, save_block
-from pipelines.refine.read import Block, Contribution, blocks, contributions, read_block, verified_rows
+from pipelines.refine.read import Block, Contribution, blocks, read_block, refinable, verified_rows
 from pipelines.refine.rules import row_rules
 from pipelines.refine.table import DECISIONS_FILE, ROWS_FILE, SUMMARY_FILE
 
@@ -71,15 +71,16 @@ def refine(
     progress: Progress | None = None,
     workflow: Artefact | None = None,
 ) -> RefineReport:
-    """Refine `datasets` (see `read.contributions`) into one dataset in the store, and record it.
+    """Refine `datasets` (see `read.refinable`) into one dataset in the store, and record it.
 
     The digest depends on the contributions and the rules' settings alone: not on `num_workers`, `block_rows`, the order
     of `datasets` or `name`. `workflow`: the definition of the workflow that asks, an input of the record.
 
     Raises:
-        UserError: an unknown, erased, altered or unsigned dataset; or every row dropped (the message says why).
+        UserError: an unknown, erased, altered or unsigned dataset, or one of a revoked key; or every row dropped (the
+            message says why).
     """
-    chosen = contributions(trail, datasets)
+    chosen = refinable(trail, datasets)
     scratch_parent = trail.home / SCRATCH_FOLDER
     scratch_parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="refine-", dir=scratch_parent))

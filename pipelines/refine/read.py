@@ -1,6 +1,6 @@
 """Which contributions a refinement reads, in the order in which they were registered, cut into blocks of rows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attribution.bodies import ContributorBody, DatasetBody, KeyRotationBody
-from attribution.erasure import remaining, rewrites
-from attribution.records import RecordError, signers_of
+from attribution.bodies import ContributorBody, DatasetBody
+from attribution.erasure import maker_of, remaining, rewrites
+from attribution.log.facts import utc
+from attribution.log.proved import VerifyError
+from attribution.people import People
+from attribution.trust_file import OPERATOR
 from configs.errors import UserError
 from pipelines.refine.annotate import Origin
 from pipelines.refine.table import CONTRIBUTED, DECISIONS_FILE, ROWS_FILE
@@ -30,12 +33,16 @@ class DatasetError(UserError):
 
 @dataclass(frozen=True)
 class Contribution:
-    """One registered contribution; `rows` is the digest of its rows.parquet."""
+    """One registered contribution; `rows` is the digest of its rows.parquet.
+
+    `problem`: why its signature does not count any more, '' where it does.
+    """
 
     name: str
     rows: str
     num_rows: int
     origin: Origin
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,15 @@ def contributor_entries(trail: "Trail") -> "dict[str, Entry]":
 
 def contributor_names(trail: "Trail") -> dict[str, str]:
     """Return contributor names by key id."""
-    return {key_id: name for key_id, (name, _) in _contributor_keys(trail).items()}
+    return {key_id: name for key_id, name in People(trail).names.items() if name != OPERATOR}
 
 
 def contributions(trail: "Trail", names: Sequence[str] = (ALL,)) -> list[Contribution]:
     """Return the contributions that `names` mean, each once, in order of registration.
 
     A name is a dataset's name (every contribution of that name), the digest of its rows, its leaf hash or at least
-    8 digits of it, or `all`. The order of `names` does not matter.
+    8 digits of it, or `all`. The order of `names` does not matter. What a revoked key signed is among them, with its
+    `problem`: other records may stand on it; `refinable` is for new ones.
 
     Raises:
         DatasetError: a name that means nothing (with the nearest), an erased record, one not signed by its contributor.
@@ -79,8 +87,30 @@ def contributions(trail: "Trail", names: Sequence[str] = (ALL,)) -> list[Contrib
         raise DatasetError(
             "no dataset to refine: contribute one first, `trailmark contribute FILE --as NAME --licence ID`"
         )
-    public_keys = {key_id: public_bytes for key_id, (_, public_bytes) in _contributor_keys(trail).items()}
-    return [_contribution(trail, entry, public_keys) for entry in entries if entry.index in wanted]
+    people = People(trail)
+    return [_contribution(trail, entry, people) for entry in entries if entry.index in wanted]
+
+
+def refinable(trail: "Trail", names: Sequence[str] = (ALL,)) -> list[Contribution]:
+    """Return the contributions that `names` mean, for something new to be made of them.
+
+    Raises:
+        DatasetError: as `contributions`; one signed with a revoked key, or with one that another had replaced.
+    """
+    chosen = contributions(trail, names)
+    if problems := [contribution.problem for contribution in chosen if contribution.problem]:
+        raise DatasetError("\n".join(problems))
+    return chosen
+
+
+def require_refinable(trail: "Trail", digest: str) -> None:
+    """Raise DatasetError when a refined dataset holds rows of a contribution that would be refused by now."""
+    maker, people = maker_of(trail, digest), People(trail)
+    for leaf_hash in maker.leaf.parents if maker is not None else ():
+        entry = trail.entry(leaf_hash)
+        is_there = entry.leaf.kind == "dataset" and entry.record is not None
+        if is_there and (problem := _contribution(trail, entry, people).problem):
+            raise DatasetError(f"{problem}; then refine again")
 
 
 def verified_rows(trail: "Trail", contribution: Contribution) -> Path:
@@ -136,18 +166,6 @@ def _pieces(file: pq.ParquetFile, first: int, last: int) -> Iterator[pa.Table]:
         start = end
 
 
-def _contributor_keys(trail: "Trail") -> dict[str, tuple[str, bytes]]:
-    """Name and public key by key id, of every key that a contributor has or had."""
-    found: dict[str, tuple[str, bytes]] = {}
-    for entry in [*trail.entries(kind="contributor"), *trail.notices()]:
-        body = entry.record.body if entry.record is not None else None
-        if isinstance(body, KeyRotationBody) and body.role != "contributor":
-            continue
-        if isinstance(body, ContributorBody | KeyRotationBody):
-            found[body.key_id] = (body.name, bytes.fromhex(body.public_key))
-    return found
-
-
 def _matching(entries: "Sequence[Entry]", name: str) -> "list[Entry]":
     if name == ALL:
         return [entry for entry in entries if entry.record is not None]
@@ -171,21 +189,19 @@ def _dataset_body(entry: "Entry") -> DatasetBody:
     return entry.record.body
 
 
-def _is_signed_by(envelope: bytes, key_id: str, public_keys: Mapping[str, bytes]) -> bool:
-    if key_id not in public_keys:
-        return False
-    try:
-        return key_id in signers_of(envelope, {key_id: public_keys[key_id]})
-    except RecordError:  # signed by someone else, or altered
-        return False
-
-
-def _contribution(trail: "Trail", entry: "Entry", public_keys: Mapping[str, bytes]) -> Contribution:
+def _contribution(trail: "Trail", entry: "Entry", people: People) -> Contribution:
     if entry.record is None or entry.envelope is None:
         raise DatasetError(f"dataset {entry.leaf_hash[:12]}: its record was erased; leave it out")
     body = _dataset_body(entry)
     contributor = next((party.key_id for party in entry.record.contributors if party.role == "contributor"), "")
-    if not _is_signed_by(entry.envelope, contributor, public_keys):
+    known = people.history.keys.get(contributor)
+    is_theirs, problem = False, ""
+    try:
+        is_theirs = contributor in people.signers_of(entry) and known is not None and known.role == "contributor"
+    except VerifyError as error:
+        if error.check in ("revoked key", "rotated key"):
+            problem = _problem(entry, contributor, error, people)
+    if not is_theirs and not problem:
         raise DatasetError(
             f"dataset {body.name!r} ({entry.leaf_hash[:12]}): not signed by its contributor "
             f"{contributor[:12] or '(none named)'}; hand it in again with `trailmark contribute FILE --as NAME`"
@@ -193,4 +209,21 @@ def _contribution(trail: "Trail", entry: "Entry", public_keys: Mapping[str, byte
     origin = Origin(contributor, body.licence, entry.leaf_hash, entry.index)
     left = {rewrite.after: rewrite.num_rows for rewrite in rewrites(trail)}
     rows = remaining(trail, body.rows)
-    return Contribution(body.name, rows, left.get(rows, body.num_rows), origin)
+    return Contribution(body.name, rows, left.get(rows, body.num_rows), origin, problem)
+
+
+def _problem(entry: "Entry", key_id: str, error: VerifyError, people: People) -> str:
+    """Say whose contribution does not count, why, and what to do."""
+    name = people.names.get(key_id, key_id[:12])
+    revoked = people.history.revocation_of(key_id)
+    why = error.reason
+    if revoked is not None and error.check == "revoked key":
+        why = f"signed with key {key_id[:16]}, revoked from {utc(revoked.from_us)} on ({revoked.reason})"
+    current = people.by_name.get(name)
+    needs_key = current is not None and people.history.revocation_of(current.key_id) is not None
+    new_key = f"give {name} a new key with `trailmark key rotate {name!r} --lost`, " if needs_key else ""
+    return (
+        f"dataset {_dataset_body(entry).name!r} ({entry.leaf_hash[:12]}) of {name}: {why}, so whose rows it holds is "
+        f"unknown; {new_key}hand them in again with `trailmark contribute FILE --as {name!r}`, and take these out with "
+        f"`trailmark erase {entry.leaf_hash[:12]} --reason WHY` or name only others with --dataset"
+    )

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,18 +15,16 @@ import pyarrow as pa
 import ray
 
 from attribution.coalitions import Coalitions
-from attribution.credit import Credit, Search, least_items, measure_credit, require_measurable
+from attribution.credit import Credit, least_items, measure_credit
 from attribution.estimates import Array
 from attribution.settlement import SettledPlayer, Settlement, record_settlement
 from configs.errors import UserError
 from configs.schema import SettleSettings
-from pipelines.benchmark.suites import read_suite
+from pipelines.settle.asked import Asked
 from pipelines.settle.cells import Cells
 from pipelines.settle.game import Game
-from pipelines.settle.plan import SettlePlan, plan_of
-from pipelines.settle.retrain import UNITS, Measured, Retrainer, Task, chunks, task_of
-from pipelines.settle.subject import SettleError, Subject, subject_of
-from pipelines.settle.switches import switch_of
+from pipelines.settle.plan import SettlePlan
+from pipelines.settle.retrain import UNITS, Measured, Retrainer, Task, chunks, measured_as, valued
 
 if TYPE_CHECKING:
     from attribution.records import Artefact
@@ -86,50 +83,23 @@ class SettleReport:
 
 def settle(
     trail: "Trail",
-    adapter: str,
+    asked: Asked,
     *,
-    suite: Path,
-    over: str,
-    settings: SettleSettings,
-    others: tuple[str, ...] = (),
     progress: Progress | None = None,
     dry_run: bool = False,
     workflow: "Artefact | None" = None,
 ) -> SettleReport | None:
-    """Measure what the players behind `adapter` are worth on `suite`, and record it; None for a dry run.
+    """Measure what the players are worth, and record it; None for a dry run.
 
-    `over` names a switch (see `switches.SWITCHES`); `others`: digests of further adapters, for those that take them.
     `workflow`: the definition of the workflow that asks, an input of the record.
 
     Raises:
-        SettleError: what the adapter was made from is gone, or does not part into players in this way.
-        SuiteError, BenchmarkError: a bad suite, no such adapter.
-        CreditError: a budget or suite too small to say anything.
+        CreditError: a coalition has no finite utility.
     """
     began = time.perf_counter()
-    switch = switch_of(over)
-    if others and not switch.takes_adapters:
-        raise SettleError(f"--with: only --over adapters takes further adapters, not --over {over}")
-    items = read_suite(suite)
-    subject = subject_of(trail, adapter)
-    game = switch.build(trail, subject, others)
-    search = Search.of(settings)
-    require_measurable(len(game.players), search, num_items=len(items))
-    if game.mode == "combine" and settings.utility != "log_likelihood":
-        raise SettleError(f"--utility {settings.utility}: adapters that are added up are measured by log_likelihood")
-    plan = plan_of(
-        subject,
-        game,
-        suite=trail.store.put_blob(suite),
-        others=others,
-        items=tuple(item.item_id for item in items),
-        utility=settings.utility,
-        max_new_tokens=settings.max_new_tokens,
-        seed=settings.seed,
-    )
-    task = task_of(trail, subject, game, plan, items=items)
+    game, plan, settings = asked.game, asked.plan, asked.settings
     tell = progress or _ignore
-    with _Pool(task, settings) as pool:
+    with _Pool(asked.task, settings) as pool:
         retrains = Retrains(trail, game, plan, pool, tell=tell, budget=settings.budget)
         tell(retrains.announce(settings))
         if dry_run:
@@ -137,12 +107,11 @@ def settle(
         prior = pool.predicted_gains(game) if settings.gradient_prior and game.mode == "replay" else None
         if prior is not None:
             plan = replace(plan, prior=trail.put_table(pa.table({"gains": list(prior)})))
-        credit = measure_credit(retrains, len(game.players), search=search, prior=prior, progress=tell)
-    has_prior = prior is not None and credit.stopped != "exact"
-    method = _method(game, credit, has_prior=has_prior, has_dropout=subject.settings.lora_dropout > 0)
-    settlement = _settlement(trail, subject, game, credit, plan, retrains, suite_name=suite.stem, method=method)
-    config = trail.run_config(settings)
-    entry = record_settlement(trail, settlement, config=config, workflow=workflow)
+        credit = measure_credit(retrains, len(game.players), search=asked.search, prior=prior, progress=tell)
+    has_dropout = asked.subject.settings.lora_dropout > 0
+    method = _method(game, credit, has_prior=prior is not None and credit.stopped != "exact", has_dropout=has_dropout)
+    settlement = _settlement(trail, asked, credit, plan, retrains, method=method)
+    entry = record_settlement(trail, settlement, config=trail.run_config(settings), workflow=workflow)
     return SettleReport(entry, settlement, credit, game, plan.items, retrains.num_reused, time.perf_counter() - began)
 
 
@@ -153,7 +122,7 @@ class Retrains:
         self, trail: "Trail", game: Game, plan: SettlePlan, pool: "_Pool", *, tell: Progress, budget: int
     ) -> None:
         self._cells = Cells(trail.home, game, _setting(plan))
-        self._game, self._pool, self._tell = game, pool, tell
+        self._game, self._pool, self._tell, self._utility = game, pool, tell, plan.utility
         self._most = min(budget + 1, 2 ** len(game.players))  # the empty coalition costs nothing
         self.measured: dict[bytes, Measured] = {}
         self.num_reused = 0
@@ -174,7 +143,7 @@ class Retrains:
                     found[names[place]] = cell
                 self._tell(Measuring(len(self.measured) + len(found), self._most))
         self.measured.update({row.tobytes(): found[name] for row, name in zip(coalitions, digests, strict=True)})
-        return np.array([found[digest].utilities for digest in digests], dtype=np.float64)
+        return valued([found[digest] for digest in digests], self._utility)
 
     def announce(self, settings: SettleSettings) -> Budget:
         """Measure the full coalition, for the time it takes, and return what all of them will take."""
@@ -279,21 +248,13 @@ def _setting(plan: SettlePlan) -> dict[str, Any]:
         "base": plan.base,
         "settings": plan.settings,
         "suite": plan.suite,
-        "utility": plan.utility,
+        "utility": measured_as(plan.utility),
         "tokens": tokens,
     }
 
 
 def _settlement(
-    trail: "Trail",
-    subject: Subject,
-    game: Game,
-    credit: Credit,
-    plan: SettlePlan,
-    retrains: Retrains,
-    *,
-    suite_name: str,
-    method: str,
+    trail: "Trail", asked: Asked, credit: Credit, plan: SettlePlan, retrains: Retrains, *, method: str
 ) -> Settlement:
     cells = [retrains.measured[row.tobytes()] for row in credit.coalitions]
     table = pa.table(
@@ -301,14 +262,14 @@ def _settlement(
             "coalition": ["".join("1" if bit else "0" for bit in row) for row in credit.coalitions],
             "weights": [cell.weights for cell in cells],
             "seconds": [cell.seconds for cell in cells],
-            "utilities": pa.array([list(cell.utilities) for cell in cells], pa.list_(pa.float64())),
+            "utilities": pa.array(credit.utilities.tolist(), pa.list_(pa.float64())),
         }
     )
     return Settlement(
-        adapter=subject.adapter.digest,
+        adapter=asked.subject.adapter.digest,
         suite=plan.suite,
         utility=UNITS[plan.utility],
-        players=settled_players(game, credit),
+        players=settled_players(asked.game, credit),
         empty_value=float(credit.empty.mean()),
         full_value=float(credit.full.mean()),
         num_coalitions=len(credit.coalitions),
@@ -317,9 +278,9 @@ def _settlement(
         confidence=credit.confidence,
         seed=plan.seed,
         table=trail.put_table(table),
-        adapter_name=subject.adapter.name,
-        suite_name=suite_name,
-        over=game.over,
+        adapter_name=asked.subject.adapter.name,
+        suite_name=asked.suite_name,
+        over=asked.game.over,
         plan=plan.put(trail),
     )
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attribution.credit import RULE
 from attribution.records import from_plain, to_plain
 from pipelines.settle.game import Game
 from pipelines.settle.subject import Subject
@@ -11,8 +12,9 @@ if TYPE_CHECKING:
     from attribution.trail import Trail
 
 TOLERANCE = "0.0005"
-"""How far a cell measured again may lie from the recorded one. On one machine with as many threads the bits are equal;
-another rounds otherwise, and Adam turns rounding into movement, so a cell that differs there is no proof of a lie."""
+"""How far a cell measured again may lie from the recorded one; of a likelihood, which may be small, as a part of it. On
+one machine with as many threads the bits are equal; another rounds otherwise, and Adam turns rounding into movement, so
+a cell that differs there is no proof of a lie."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class SettlePlan:
     """What was measured and how; numbers with a point stand as text, for the blob holds integers alone.
 
     `prior`: digest of the table of predicted gains that the fit started from (a row for each player), '' without one.
+    `rule`: the version of `attribution.credit` that drew and fitted; 0 in plans of version 1, which do not say.
     """
 
     version: int
@@ -48,6 +51,7 @@ class SettlePlan:
     seed: int
     tolerance: str
     prior: str
+    rule: int
 
     @property
     def player_ids(self) -> tuple[str, ...]:
@@ -60,7 +64,7 @@ class SettlePlan:
     @classmethod
     def get(cls, trail: "Trail", digest: str) -> "SettlePlan":
         """Return a stored plan."""
-        plan: SettlePlan = from_plain(cls, trail.get_json(digest), "plan")
+        plan: SettlePlan = from_plain(cls, {"rule": 0, **trail.get_json(digest)}, "plan")
         return plan
 
 
@@ -70,7 +74,7 @@ def plan_of(
     """Return the plan of a settlement; `how`: utility, max_new_tokens, seed."""
     assert subject.entry.record is not None
     return SettlePlan(
-        version=1,
+        version=2,
         adapter=subject.adapter.digest,
         base=subject.adapter.base_digest,
         dataset=subject.dataset,
@@ -84,5 +88,6 @@ def plan_of(
         items=items,
         tolerance=TOLERANCE,
         prior="",
+        rule=RULE,
         **how,
     )

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attribution.settlement import Settlement
 from pipelines.benchmark.suites import read_suite
 from pipelines.settle.plan import SettlePlan
-from pipelines.settle.retrain import Retrainer, task_of
+from pipelines.settle.retrain import Retrainer, task_of, valued
 from pipelines.settle.subject import SettleError, subject_of
 from pipelines.settle.switches import switch_of
 
@@ -48,14 +49,13 @@ def recheck(trail: "Trail", settlement: Settlement, *, num_cells: int, seed: int
     )
     items = read_suite(trail.store.path_of(plan.suite))
     retrainer = Retrainer(task_of(trail, subject, game, plan, items=items))
-    found: dict[int, tuple[float, ...]] = {}
+    found: dict[int, NDArray[np.float64]] = {}
     cells = []
     for row, item in (divmod(int(place), len(plan.items)) for place in places):
         if row not in found:
             coalition = np.array([bit == "1" for bit in rows[row]["coalition"]])
-            found[row] = retrainer.measure(game.chosen(coalition)[None])[0].utilities
-        recorded = float(rows[row]["utilities"][item])
-        cells.append(
-            Rechecked(rows[row]["coalition"], plan.items[item], recorded, found[row][item], float(plan.tolerance))
-        )
+            found[row] = valued(retrainer.measure(game.chosen(coalition)[None]), plan.utility)[0]
+        recorded, again = float(rows[row]["utilities"][item]), float(found[row][item])
+        allowed = float(plan.tolerance) * (again if plan.utility == "likelihood" else 1.0)
+        cells.append(Rechecked(rows[row]["coalition"], plan.items[item], recorded, again, allowed))
     return cells

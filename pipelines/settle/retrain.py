@@ -28,8 +28,9 @@ from pipelines.train.lora import build_model, export_adapter, load_base
 if TYPE_CHECKING:
     from attribution.trail import Trail
 
-UtilityName = Literal["log_likelihood", "exact_match"]
+UtilityName = Literal["likelihood", "log_likelihood", "exact_match"]
 UNITS: dict[str, str] = {
+    "likelihood": "likelihood of the reference answer, probability per token",
     "log_likelihood": "log-likelihood of the reference answer, nats per token",
     "exact_match": "exact matches of the greedy answer",
 }
@@ -55,7 +56,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of one coalition: the utility of each item, the digest of the weights, and the seconds it took."""
+    """What came of one coalition: the utility of each item, the digest of the weights, and the seconds it took.
+
+    Where likelihood is the utility, its logarithm stands here, as for log_likelihood: see `valued`.
+    """
 
     utilities: tuple[float, ...]
     weights: str
@@ -85,8 +89,9 @@ class Retrainer:
         """Return [n, q]: what gradients say that each player's rows (bool [n, N]) did to each item."""
         from attribution.influence.group_gains import group_gains
 
-        masks = torch.from_numpy(chosen.astype(np.float32))
-        return np.asarray(group_gains(self._recorded_run(), masks, self.task.encoded_items).double().numpy())
+        masks, of_likelihood = torch.from_numpy(chosen.astype(np.float32)), self.task.utility == "likelihood"
+        found = group_gains(self._recorded_run(), masks, self.task.encoded_items, of_likelihood=of_likelihood)
+        return np.asarray(found.double().numpy())
 
     def _recorded_run(self) -> LoraRun:
         if self._run is None:
@@ -132,7 +137,7 @@ class Retrainer:
         return [Measured(tuple(row), digest, seconds) for row, digest in zip(utilities, digests, strict=True)]
 
     def _utilities(self, run: LoraRun, state: RunState) -> list[list[float]]:
-        if self.task.utility == "log_likelihood":
+        if self.task.utility != "exact_match":
             found: list[list[float]] = (-run.query_losses(state, self.task.encoded_items).double()).tolist()
             return found
         with tempfile.TemporaryDirectory(prefix="trailmark-settle-") as folder:
@@ -200,6 +205,17 @@ def task_of(trail: "Trail", subject: Subject, game: Game, plan: SettlePlan, *, i
         utility=plan.utility,  # type: ignore[arg-type]
         max_new_tokens=plan.max_new_tokens,
     )
+
+
+def measured_as(utility: str) -> str:
+    """Return the utility that is measured, and kept, for another: one retrain serves likelihood and its logarithm."""
+    return "log_likelihood" if utility == "likelihood" else utility
+
+
+def valued(measured: Sequence[Measured], utility: str) -> NDArray[np.float64]:
+    """Return the utilities [b, q] of what was measured; a likelihood is the geometric mean over an answer's tokens."""
+    found = np.array([cell.utilities for cell in measured], dtype=np.float64)
+    return np.exp(found) if utility == "likelihood" else found
 
 
 def encode_items(items: Sequence[Item], base_path: Path) -> tuple[Encoded, ...]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from configs.env import set_variables, variable
 from configs.schema import TrainSettings
 from pipelines.publish import require_name
+from pipelines.refine.read import require_refinable
 from pipelines.train.data import EncodedRows, Example, Step, encode_rows, plan_steps, write_examples
 from pipelines.train.plan import Outcome, Plan, StepHook, train_worker
 from pipelines.train.queries import QuerySet, read_query_sets, register, stale_warning, warnings
@@ -94,12 +95,14 @@ def train(
     Raises:
         PublishError: a name that could not be published later.
         QueryError: a query set that is empty, unknown or cannot be encoded.
+        DatasetError: the dataset holds rows that a revoked key signed.
         TrainError: nothing to train on, or the run failed; nothing is recorded then.
     """
     from pipelines.base_model import resolve_base
 
     require_name(name)  # it also names the run's folder
     refined = resolve_refined(trail, dataset)
+    require_refinable(trail, refined.digest)
     base_model = resolve_base(trail, base)
     rows = _encode(trail, refined.digest, base_model.path, settings)
     sets = _query_sets(trail, base_model.path, settings)

@@ -194,6 +194,7 @@ def test_numbers_are_said_in_their_unit() -> None:
 
     assert [text(0.5, "of 1", "explain"), text(0.5, "of 1", "measured")] == ["50.0%", "+0.500"]
     assert [text(1234, "rows", "counted"), text(-0.25, "nats", "audit")] == ["1,234 rows", "-0.250 nats"]
+    assert text(0.0069, "probability per token", "settle") == "+0.0069 probability per token"
 
 
 @needs_browser

@@ -19,12 +19,14 @@ from attribution.log.tile_client import TileLog
 from attribution.log.tiles import Folder, TilesError
 from attribution.log.trust import Trust
 from attribution.log.verify import verify_bytes
+from attribution.model_signature import ModelSignatureError
 from attribution.monitor import watch
 from attribution.monitor_sources import TrailSource
 from attribution.monitor_state import Memory
 from attribution.signed_models import SignedModels, sign
 from attribution.trail import Trail
 from cluster.processes import wait_until
+from serve_apps.adapters import signature_check
 from tests.attribution.records_example import add_adapter_directory
 from tests.attribution.story import tell
 
@@ -63,10 +65,17 @@ def test_model_signatures_count_across_an_operators_rotation_and_not_after_its_r
         assert models.check(digest, is_required=True) == first
         assert models.check(later, is_required=True) is not None
     (old_key,) = old_trust.keys
+    replica = signature_check(trail, "required")
+    replica(digest)
     revoke(trail, "operator", reason="leaked", from_us=1, key_id=old_key)
-    for models in (open_before, SignedModels(trail, Trust.load(trail.home / "trust.json"))):
+    by_now = SignedModels(trail, Trust.load(trail.home / "trust.json"))
+    for models in (open_before, by_now):
         assert models.of(digest) is None, "the revoked key's signature counts no more"
-        assert models.check(later, is_required=True) is not None
+    assert open_before.of(later) is None, "only the revoked key vouches for the next"
+    assert by_now.check(later, is_required=True) is not None, "trust.json does"
+    replica(later)
+    with pytest.raises(ModelSignatureError):
+        replica(digest)
 
 
 def test_static_tiles_are_read_with_the_keys_of_before_and_after(tmp_path: Path) -> None:

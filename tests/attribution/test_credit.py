@@ -1,5 +1,6 @@
 """Credit against the exact values of all coalitions: estimates, the cover of their intervals, and when to stop."""
 
+import hashlib
 from itertools import permutations
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attribution.coalitions import PairDesign, near_full
-from attribution.credit import Credit, CreditError, Search, least_budget, least_items, measure_credit
+from attribution.credit import RULE, Credit, CreditError, Search, least_budget, least_items, measure_credit
 from attribution.evidence import NO_EFFECT
 from attribution.exact_values import (
     all_coalitions,
@@ -126,6 +127,15 @@ def test_the_search_stops_when_intervals_are_narrow_and_never_for_a_verdict() ->
     assert wide.stopped == narrow.stopped == "narrow"
     assert len(wide.coalitions) < len(narrow.coalitions) < 200
     assert credit_of(utilities, budget=30, precision=0).stopped == "budget"
+
+
+def test_another_draw_or_fit_is_another_rule() -> None:
+    """What RULE stands for: where this fails on purpose, count RULE up, or older settlements cannot be told apart."""
+    credit = credit_of(concave_game(NUM_PLAYERS, NUM_ITEMS, noise=0.5, seed=5), budget=40, precision=0, seed=7)
+    drawn = hashlib.sha256(np.packbits(credit.coalitions).tobytes()).hexdigest()[:16]
+    assert (RULE, drawn, len(credit.coalitions)) == (1, "4c05680ce870d6c5", 41)
+    np.testing.assert_allclose(credit.banzhaf.values[:3], [0.4870382, 0.7494578, 0.7962077], atol=1e-5)
+    np.testing.assert_allclose(credit.banzhaf.low[:3], [0.2130619, 0.4717104, 0.4863846], atol=1e-5)
 
 
 def test_players_without_effect_are_said_to_have_none() -> None:

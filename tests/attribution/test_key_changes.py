@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from attribution.bodies import ApprovalBody, DatasetBody
+from attribution.bodies import ApprovalBody, DatasetBody, KeyRevocationBody
 from attribution.key_changes import revoke, rotate
 from attribution.keys import SigningKey, SigningKeyError
 from attribution.lineage import record_bundle
@@ -19,7 +19,7 @@ from attribution.log.trust import Trust
 from attribution.log.verify import Verified, verify_bytes
 from attribution.receipts import receipt_bundle
 from attribution.records import Artefact
-from attribution.trail import Draft, Entry, Trail
+from attribution.trail import Draft, Entry, Trail, now_us
 from tests.attribution.story import Story, tell
 
 OTHER = "sha256:" + "0" * 64
@@ -264,3 +264,61 @@ def test_refusals(story: Story) -> None:
     shutil.rmtree(trail.home / "keys")
     with pytest.raises(SigningKeyError, match="known keys: none"):
         rotate(trail, "Amara")
+
+
+def test_a_revocation_reaches_every_key_in_force_since_and_a_new_one_goes_on(story: Story) -> None:
+    """Rotated after the theft, revoked from the theft on: neither key counts since, not even to pass trust on."""
+    trail, trust, stolen_us = story.trail, trust_of(story.trail), now_us()
+    by_old = give_rows(trail, "Amara")
+    old = trail.keys.get("Amara").key_id
+    rotate(trail, "Amara")
+    new = trail.keys.get("Amara").key_id
+    by_new = give_rows(trail, "Amara")
+    revoked = revoke(trail, "Amara", reason="stolen", from_us=stolen_us)
+    assert [entry.record.body.key_id for entry in revoked] == [old, new]  # type: ignore[union-attr]
+    rotation = rotate(trail, "Amara", lost=True)
+    again = give_rows(trail, "Amara")
+    for reader in (trust, trust_of(trail)):
+        assert check_of(record_bundle(trail, by_old.leaf_hash), reader) == "revoked key"
+        assert check_of(record_bundle(trail, by_new.leaf_hash), reader) == "revoked key"
+        for entry in (story.datasets[0], rotation, again):
+            assert verify(record_bundle(trail, entry.leaf_hash), reader).checks
+
+
+def test_a_key_that_a_revoked_one_vouched_for_is_revoked_with_it(story: Story) -> None:
+    trail, trust, stolen_us = story.trail, trust_of(story.trail), now_us()
+    old = trail.keys.get("Amara").key_id
+    rotation = rotate(trail, "Amara")
+    given = give_rows(trail, "Amara")
+    body = KeyRevocationBody("Amara", "contributor", old, stolen_us, "as older programs recorded it")
+    trail.record("key_revocation", body)
+    for entry in (rotation, given):
+        assert check_of(record_bundle(trail, entry.leaf_hash), trust) == "revoked key"
+    rotate(trail, "Amara", lost=True)
+    assert verify(record_bundle(trail, give_rows(trail, "Amara").leaf_hash), trust).checks
+
+
+@pytest.mark.parametrize(("lost", "num_reached"), [(False, 2), (True, 1)])
+def test_one_key_takes_along_only_what_it_vouched_for(story: Story, lost: bool, num_reached: int) -> None:
+    trail, trust, stolen_us = story.trail, trust_of(story.trail), now_us()
+    old = trail.keys.get("Amara").key_id
+    rotate(trail, "Amara", lost=lost)
+    assert len(revoke(trail, "Amara", reason="stolen", from_us=stolen_us, key_id=old)) == num_reached
+    if lost:
+        assert verify(record_bundle(trail, give_rows(trail, "Amara").leaf_hash), trust).checks
+    else:
+        with pytest.raises(SigningKeyError, match="stolen"):
+            give_rows(trail, "Amara")
+
+
+def test_an_operators_revocation_that_reaches_back_over_a_rotation(story: Story) -> None:
+    trail, trust, stolen_us = story.trail, trust_of(story.trail), now_us()
+    keys = [trail.keys.get("operator").key_id]
+    rotate(trail, "operator")
+    keys.append(trail.keys.get("operator").key_id)
+    _, *revoked = revoke(trail, "operator", reason="stolen", from_us=stolen_us)
+    assert [entry.record.body.key_id for entry in revoked] == keys  # type: ignore[union-attr]
+    entry = trail.record("approval", ApprovalBody(OTHER, "approved", ""))
+    assert verify(record_bundle(trail, entry.leaf_hash), trust_of(trail)).checks
+    assert verify(receipt_bundle(trail, story.adapter_receipt), trust_of(trail)).checks, "signed before the theft"
+    assert check_of(record_bundle(trail, entry.leaf_hash), trust) == "revoked key", "needs the new trust.json"

@@ -9,7 +9,7 @@ import pytest
 
 from attribution.bodies import ApprovalBody
 from attribution.disk import Disk
-from attribution.private_records import PrivateRecords, RecordsError, segments
+from attribution.private_records import PrivateRecords, RecordsError, _search, _table, segments
 from attribution.trail import Draft, Trail
 
 DIGEST = "sha256:" + "ab" * 32
@@ -82,6 +82,17 @@ def test_what_a_crash_left_is_cut_by_the_next_append_and_misleads_no_reader(tmp_
     assert tail not in path.read_bytes()
     for which in (records, reader, PrivateRecords(tmp_path)):
         assert [which.read(number, name(number)) for number in range(40)] == [half(number) for number in range(40)]
+
+
+@pytest.mark.parametrize("tail", [b"", b"torn", name(1).encode(), b"\n" + name(2).encode() + b" {}"])
+def test_a_segment_that_is_searched_says_what_its_table_says(tmp_path: Path, tail: bytes) -> None:
+    put(PrivateRecords(tmp_path), range(0, 3), set())
+    (path,) = segments(tmp_path)
+    data = path.read_bytes() + tail
+    table = _table(data, 0, (0, 0, 0), {})
+    for cut in (data, data[: len(data) // 2], b""):
+        places = table.places if cut is data else _table(cut, 0, (0, 0, 0), {}).places
+        assert [_search(cut, name(number)) for number in range(4)] == [places.get(name(number)) for number in range(4)]
 
 
 def test_records_of_a_log_that_was_rolled_back_are_not_touched(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_the_bound_is_students() -> None:
             "thief, exact copy": [0.0, 0.0],
             "random-token spam": [0.0, 9.0],
             "~ fact": [1.0],
-            f"{abuse.LIKELIHOOD}random-token spam": [9.0, 9.0],
+            f"{abuse.SHOWN['log_likelihood']}random-token spam": [9.0, 9.0],
         }
     )
     assert [(figure.floor, figure.is_good) for figure in figures] == [

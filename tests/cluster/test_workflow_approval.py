@@ -4,12 +4,14 @@ import pytest
 
 from attribution.approvals import Request, decide, standing
 from attribution.bodies import ApprovalBody
+from attribution.key_changes import revoke, rotate
 from attribution.keys import SigningKey
 from attribution.records import Artefact, Party
-from attribution.trail import Trail
+from attribution.trail import Trail, now_us
+from attribution.workflow_patches import recorded_patches
 from attribution.workflow_runs import Run
 from cluster.workflow import Author
-from cluster.workflow_story import waiting_request
+from cluster.workflow_story import approvals_of, waiting_request
 from configs.errors import UserError
 from pipelines.contribute import add_contributor
 from tests.cluster.workflow_world import WORKFLOW, World
@@ -94,6 +96,61 @@ def test_a_key_that_is_not_the_recorded_one_is_refused(world: World) -> None:
     fresh = World(Trail.open(world.trail.home))
     with pytest.raises(UserError, match="approver 'mira': wrong key"):
         say(fresh, "mira")
+
+
+def test_whoever_rotated_a_key_approves_with_the_new_one_and_earlier_approvals_count(world: World) -> None:
+    run(world)
+    say(world, "mira")
+    rotate(world.trail, "mira")
+    rotate(world.trail, "otto", lost=True)
+    say(world, "otto")
+    assert run(world).status == "done"
+    assert [(item.name, item.is_valid) for item in approvals_of(world.trail, "facts")] == [
+        ("mira", True),
+        ("otto", True),
+    ]
+
+
+def test_an_operators_approval_outlives_the_operators_key(world: World) -> None:
+    run(world)
+    say(world, "operator")
+    rotate(world.trail, "operator")
+    say(world, "mira")
+    assert run(world).status == "done"
+
+
+def test_whoever_rotated_a_key_is_the_author_of_patches_before_and_after(world: World) -> None:
+    run(world, author=Author("mira", "first"))
+    for rate, is_lost in (("0.1", False), ("0.2", True)):
+        rotate(world.trail, "mira", lost=is_lost)
+        run(world, WORKFLOW.replace("0.5", rate), Author("mira", rate))
+    assert [(patch.author, patch.reason) for patch in recorded_patches(world.trail)] == [
+        ("mira", "first"),
+        ("mira", "0.1"),
+        ("mira", "0.2"),
+    ]
+
+
+def test_approvals_of_a_revoked_key_do_not_count_from_the_time_given(world: World) -> None:
+    run(world)
+    say(world, "mira")
+    stolen_us = now_us()
+    say(world, "otto")
+    rotate(world.trail, "otto")
+    revoke(world.trail, "otto", reason="laptop stolen", from_us=stolen_us)
+    waiting = run(world)
+    assert waiting.status == "waiting"
+    reason = waiting.step("sign-off").reason  # type: ignore[union-attr]
+    assert "what otto said does not count (record" in reason and "laptop stolen" in reason
+    assert [(item.name, item.is_valid) for item in approvals_of(world.trail, "facts")] == [
+        ("mira", True),
+        ("otto", False),
+    ]
+    with pytest.raises(UserError, match="trailmark key rotate 'otto' --lost"):
+        say(world, "otto")
+    rotate(world.trail, "otto", lost=True)
+    say(world, "otto")
+    assert run(world).status == "done"
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,15 @@ import pytest
 import rfc8785
 
 from attribution.bodies import ContributorBody, DatasetBody
+from attribution.key_changes import revoke, rotate
 from attribution.licences import LicenceError
 from attribution.records import Artefact, Party, signers_of
 from configs.schema import ContributeSettings
 from pipelines.contribute import METADATA_KEY, ContributeError, add_contributor, contribute
-from pipelines.refine.read import contributions, contributor_names
+from pipelines.erase import erase, plan
+from pipelines.refine.read import DatasetError, contributions, contributor_names, refinable
 from pipelines.row_files import RowFileError
+from pipelines.statement import registered_rows
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
@@ -131,3 +134,28 @@ def test_nothing_is_recorded_when_refused(trail: "Trail", ana: "Entry", tmp_path
         contribute(trail, good, contributor="ana", licence="MIT", settings=ContributeSettings(max_rows=2))
     assert len(list(trail.entries())) == size
     assert list((trail.home / "run").iterdir()) == []
+
+
+def test_rows_of_a_revoked_key_are_refused_by_name_until_handed_in_again(
+    trail: "Trail", ana: "Entry", tmp_path: Path
+) -> None:
+    good, bad = jsonl(tmp_path / "good.jsonl", ROWS[:1]), jsonl(tmp_path / "bad.jsonl", ROWS[1:])
+    contribute(trail, good, contributor="ana", licence="MIT")
+    entry = contribute(trail, bad, contributor="ana", licence="MIT").entry
+    key_id = trail.keys.get("ana").key_id
+    assert len(refinable(trail)) == 2
+    revoke(trail, "ana", reason="laptop stolen", from_us=entry.leaf.time_us)
+    for names in (["all"], ["bad"]):
+        with pytest.raises(DatasetError) as caught:
+            refinable(trail, names)
+        whose = f"dataset 'bad' ({entry.leaf_hash[:12]}) of ana"
+        for words in (whose, key_id[:16], "laptop stolen", "rotate 'ana' --lost"):
+            assert words in str(caught.value)
+    assert [item.name for item in refinable(trail, ["good"])] == ["good"], "signed before the theft"
+    assert [bool(item.problem) for item in contributions(trail)] == [False, True], "it can still be explained"
+    assert len(registered_rows(trail)) == 1, "a thief's rows claim no priority"
+    rotate(trail, "ana", lost=True)
+    contribute(trail, bad, contributor="ana", licence="MIT")
+    erase(trail, plan(trail, entry.leaf_hash[:12]), reason="stolen key")
+    assert [item.name for item in refinable(trail)] == ["good", "bad"]
+    assert set(contributor_names(trail).values()) == {"ana"}

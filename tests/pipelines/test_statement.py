@@ -7,9 +7,10 @@ import pyarrow
 import pytest
 
 from attribution.bodies import AdapterBody
+from attribution.credit import RULE
 from attribution.key_changes import rotate
 from attribution.log.proved import VerifyError
-from attribution.settlement import settlement_of
+from attribution.settlement import Settlement, settlement_of
 from attribution.statement import Policy, StatementError
 from configs.schema import CreditSettings
 from pipelines.refine.read import load_refined
@@ -42,6 +43,21 @@ def test_values_follow_from_the_recorded_coalitions(world: CreditWorld) -> None:
         check_values(world.trail, replace(settlement, table=world.trail.put_table(pyarrow.Table.from_pylist(rows))))
     with pytest.raises(VerifyError, match="the settings it was made under are not in this home"):
         check_values(world.trail, settlement_of(world.trail, world.settlement))
+
+
+def test_a_settlement_by_another_rule_is_told_plainly(world: CreditWorld) -> None:
+    settlement = measured_settlement(world)
+    plan = world.trail.get_json(settlement.plan)
+
+    def with_rule(rule: int) -> Settlement:
+        return replace(settlement, plan=world.trail.put_json({**plan, "rule": rule}))
+
+    assert check_values(world.trail, with_rule(RULE)) == check_values(world.trail, settlement)
+    with pytest.raises(VerifyError, match=rf"by rule {RULE + 1} and this code has rule {RULE}; check its values with"):
+        check_values(world.trail, with_rule(RULE + 1))
+    raised = replace(settlement.players[0], value=settlement.players[0].value + 0.01)
+    with pytest.raises(VerifyError, match="follows from the recorded coalitions; its plan does not say by which rule"):
+        check_values(world.trail, replace(settlement, players=(raised, *settlement.players[1:])))
 
 
 def test_a_dataset_that_labels_rows_for_another_is_refused(world: CreditWorld, tmp_path: Path) -> None:

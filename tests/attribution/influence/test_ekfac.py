@@ -100,15 +100,13 @@ def test_ekfac_scores_equal_explicit_inverses(model: PeftModel, factors: LoraFac
     codec = fit_codec(factors, SAMPLE, settings)
     rows = codec.encode(factors.pairs(BATCH)).double().numpy()
     generator = torch.Generator().manual_seed(3)
-    half = len(SAMPLE) // 2
-    drawn_labels(model, SAMPLE[:half], generator)  # the bases' draws
-    fisher_gradients = whole(codec, looped(model, SAMPLE[half:], drawn_labels(model, SAMPLE[half:], generator)))
+    fisher_gradients = whole(codec, looped(model, SAMPLE, drawn_labels(model, SAMPLE, generator)))
     gradients = whole(codec, looped(model, BATCH))
     expected = np.zeros((len(BATCH), len(BATCH)))
     for one in codec.factors:
         basis = np.kron(one.short_basis.double().numpy(), one.long_basis.double().numpy())
         np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-5)
-        fisher = fisher_gradients[one.name].T @ fisher_gradients[one.name] / half
+        fisher = fisher_gradients[one.name].T @ fisher_gradients[one.name] / len(SAMPLE)
         eigenvalues = np.diag(basis.T @ fisher @ basis)
         damped = basis @ np.diag(eigenvalues + 0.1 * eigenvalues.mean()) @ basis.T
         expected += gradients[one.name] @ np.linalg.inv(damped) @ gradients[one.name].T
@@ -140,7 +138,7 @@ def test_padding_does_not_move_the_bases(factors: LoraFactors) -> None:
     for batch in ([BATCH[1]], [BATCH[1], (list(range(5, 40)), [-100] * 35)]):
         fit = CodecFit(factors, settings)
         # One generator draws for targets alone, and the long example has none.
-        fit.add_bases([*batch, *batch])
+        fit.add_bases(batch)
         covariances.append(fit.sums())
     for alone, padded in zip(*covariances, strict=True):
         torch.testing.assert_close(alone, padded, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
@@ -173,18 +171,22 @@ class _Scaled:
     def drawn_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> dict:
         return self._longer(self._factors.drawn_pairs(batch, generator))
 
-    def both_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> tuple[dict, dict]:
-        drawn, given = self._factors.both_pairs(batch, generator)
-        return self._longer(drawn), self._longer(given)
-
     def _longer(self, pairs: dict) -> dict:
         pair = pairs[self._name]
         return {**pairs, self._name: type(pair)(pair.short * self._factor, pair.long)}
 
 
+def test_what_a_fit_keeps_in_memory_changes_nothing(factors: LoraFactors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Identity draws no labels, so that a second pass over the sample gives the same pairs as a kept one."""
+    kept = fit_codec(factors, SAMPLE, EVERYTHING)
+    monkeypatch.setattr("attribution.influence.ekfac.KEPT_BYTES", 1000)
+    again = fit_codec(factors, SAMPLE, EVERYTHING)
+    assert torch.equal(kept.encode(factors.pairs(BATCH)), again.encode(factors.pairs(BATCH)))
+
+
 def test_a_cut_row_keeps_the_most_energy(factors: LoraFactors) -> None:
     everything = fit_codec(factors, SAMPLE, EVERYTHING)
-    rows = everything.encode(factors.pairs(SAMPLE[len(SAMPLE) // 2 :]))
+    rows = everything.encode(factors.pairs(SAMPLE))
     energy = rows.square().mean(0)
     assert (energy[:-1] - energy[1:]).min() >= -1e-5 * float(energy.max())
     small = fit_codec(factors, SAMPLE, CodecSettings("identity", dim=100, basis_dim=512))

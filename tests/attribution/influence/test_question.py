@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from attribution.influence.ekfac import CodecSettings
 from attribution.influence.gradient_store import GradientStore, GradientStoreError
 from attribution.influence.query import AdapterModels
-from attribution.influence.question import OpenStores, question_of
+from attribution.influence.question import OpenStores, asked_of_all, asked_views, question_of
 from attribution.influence.rows import STORE_FOLDER
+from attribution.influence.scores import Normalise
 from attribution.influence.topk import top_examples
 from attribution.influence.who import ExplainError, explain
 from attribution.receipts import append_completions, new_receipt_id
@@ -21,6 +22,7 @@ from tests.attribution.influence.planted import FACTS, Planted, with_store
 from tests.attribution.influence.planted_home import PlantedHome, answer, furnish, receipt_row, record_adapter
 
 QUESTION = "What do bees make?"
+GOLDEN = Path(__file__).parents[2] / "golden" / "gradient_store_v1"
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,21 @@ def test_the_row_behind_each_answer_is_among_the_best(stored_home: PlantedHome, 
             assert top_examples(stores.get(again.trace), again.asked, k=2)[0] == hits
             first[question] = f"{owner[0]}-{index}" in {hit.example_id for hit in hits}
     assert sum(first.values()) >= 5, first
+
+
+@pytest.mark.parametrize("normalise", ["cosine", "none"])
+def test_a_store_from_before_rows_were_sums_answers_as_it_did(tmp_path: Path, normalise: Normalise) -> None:
+    """A store with rows at two checkpoints and a residual, and its answers, as the code of that day wrote them."""
+    shutil.copytree(GOLDEN, tmp_path / "golden")
+    said = json.loads((tmp_path / "golden" / "answer.json").read_text())
+    store = GradientStore(tmp_path / "golden" / "store", digest=said["digest"])
+    assert not store.is_summed and store.views == store.steps == asked_views(store.steps)
+    queries = np.asarray(said["queries"], np.float32)
+    hits = top_examples(store, asked_of_all(store, queries, normalise), k=8)[0]
+    assert [hit.example_id for hit in hits] == [name for name, _ in said["hits"][normalise]]
+    np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in said["hits"][normalise]], rtol=1e-5)
+    store.delete(["e0"])
+    assert store.residual is not None and "e0" not in GradientStore(store.path).ids()
 
 
 def test_a_trace_with_an_altered_store_is_refused(planted: Planted, tmp_path: Path, models: AdapterModels) -> None:

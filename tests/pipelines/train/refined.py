@@ -29,7 +29,14 @@ FACTS = (
 )
 
 
-def add_refined(trail: Trail, folder: Path, pairs: Sequence[tuple[str, str]] = FACTS, *, name: str = "facts") -> str:
+def add_refined(
+    trail: Trail,
+    folder: Path,
+    pairs: Sequence[tuple[str, str]] = FACTS,
+    *,
+    name: str = "facts",
+    parents: Sequence[str] = (),
+) -> str:
     """Store and record (question, answer) pairs, contributors taking turns; return the digest."""
     folder.mkdir(parents=True)
     ids = [f"sha256:{sha256(question.encode()).hexdigest()}" for question, _ in pairs]
@@ -44,5 +51,5 @@ def add_refined(trail: Trail, folder: Path, pairs: Sequence[tuple[str, str]] = F
     rows = trail.store.put_blob(folder / "rows.parquet")
     num_rows = len(pairs)
     body = RefinementBody(name, (), num_rows, num_rows, (), (), decisions=rows, rows=rows)
-    trail.record("refinement", body, outputs=(Artefact("refined", name, digest),))
+    trail.record("refinement", body, outputs=(Artefact("refined", name, digest),), parents=parents)
     return digest

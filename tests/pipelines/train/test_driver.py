@@ -284,16 +284,22 @@ def test_gradients_are_those_of_each_example(trained: Trained) -> None:
     examples = trained.examples()
     store = GradientStore(trained.trace / STORE_FOLDER)
     assert store.ids() == tuple(example.example_id for example in examples)
-    assert store.views == tuple(map(str, trace.checkpoint_steps))
-    np.testing.assert_allclose(store.shards[0].weights, trace.exposure().T, rtol=1e-6)
-    for step in trace.checkpoint_steps:
-        lora.set_weights(model, trace.adapter_weights(step))
-        codec, stored = store.codec(str(step)), torch.from_numpy(store.shards[0].rows(str(step)).values())
-        assert stored.shape == (len(FACTS), codec.dim)
-        for row in (0, 5, 12):
-            (fresh,) = codec.encode(factors.pairs([examples[row].encoded]))
-            assert nn.functional.cosine_similarity(fresh, stored[row], dim=0) > 0.999
-            assert fresh.norm().item() == pytest.approx(stored[row].norm().item(), rel=1e-2)
+    assert store.steps == tuple(map(str, trace.checkpoint_steps)) and store.views == store.steps[-1:]
+    np.testing.assert_allclose(store.shards[0].weights, trace.exposure().sum(axis=0)[:, None], rtol=1e-6)
+    exposure = torch.from_numpy(trace.exposure()).float()
+    codec, stored = store.codec(store.views[0]), torch.from_numpy(store.shards[0].rows(store.views[0]).values())
+    assert stored.shape == (len(FACTS), codec.dim)
+    for row in (0, 5, 12):
+        summed = torch.zeros(codec.dim)
+        for number, step in enumerate(trace.checkpoint_steps):
+            lora.set_weights(model, trace.adapter_weights(step))
+            pairs = factors.pairs([examples[row].encoded])
+            length = sum(pair.gradient().square().sum() for pair in pairs.values()) ** 0.5
+            summed += exposure[number, row] / exposure[:, row].sum() * codec.encode(pairs)[0] / length
+        assert nn.functional.cosine_similarity(summed, stored[row], dim=0) > 0.999
+        unit = stored[row].norm() / float(store.shards[0].lengths(store.views[0])[row])
+        assert unit.item() == pytest.approx(summed.norm().item(), rel=1e-2)
+    assert store.residual is not None
 
 
 def test_reloads_as_any_peft_adapter_and_changes_the_base(trained: Trained) -> None:

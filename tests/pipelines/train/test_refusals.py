@@ -1,12 +1,15 @@
-"""What training refuses: names that would leave the home or could not be published, features beyond float16."""
+"""What training refuses: names that would leave the home, rows of a revoked key, features beyond float16."""
 
 from pathlib import Path
 
 import pytest
 
+from attribution.key_changes import revoke
 from attribution.trail import Trail
 from configs.schema import TrainSettings
+from pipelines.contribute import add_contributor, contribute
 from pipelines.publish import PublishError
+from pipelines.refine.read import DatasetError
 from pipelines.train.driver import train
 from pipelines.train.refined import TrainError
 from pipelines.train.trace import AttemptStarted
@@ -21,6 +24,16 @@ def test_a_name_that_cannot_be_published_is_refused_before_anything_else(
     with pytest.raises(PublishError, match="use a-z, 0-9"):
         train(trail, "facts", name=name, base="no-such-base", settings=TrainSettings())
     assert not (trail.home / "run" / "train").exists()
+
+
+def test_rows_refined_before_their_key_was_revoked_are_refused(trail: Trail, tmp_path: Path) -> None:
+    add_contributor(trail, "ana")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Who is Ana?", "completion": "Ana is a contributor."}\n')
+    given = contribute(trail, tmp_path / "rows.jsonl", contributor="ana", licence="MIT").entry
+    add_refined(trail, tmp_path / "refined", parents=[given.leaf_hash])
+    revoke(trail, "ana", reason="laptop stolen", from_us=given.leaf.time_us)
+    with pytest.raises(DatasetError, match=r"of ana: signed with key .* \(laptop stolen\).*; then refine again"):
+        train(trail, "facts", name="a", base="no-such-base", settings=TrainSettings())
 
 
 @pytest.mark.ray
