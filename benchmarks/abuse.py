@@ -310,7 +310,7 @@ def plot(found: Mapping[str, Sequence[float]], file: Path) -> None:
     axes.minorticks_off()
     axes.set_yticks(range(len(names)), list(reversed(names)))
     axes.set_xlabel("gain, % of the pool (points: seeds; line: mean to the 90 % upper bound)")
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     chart.savefig(file, dpi=150)
 
 
