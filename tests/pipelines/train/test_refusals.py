@@ -46,8 +46,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_on_all_ranks_without_a_retry
         from attribution.influence.codec import GradientCodec
 
         if step == 1:
-            encode = GradientCodec.encode
-            GradientCodec.encode = lambda *args, **kwargs: encode(*args, **kwargs) * float("inf")  # type: ignore[method-assign]
+            encode = GradientCodec.encode_gradients
+            GradientCodec.encode_gradients = lambda *args: encode(*args) * float("inf")  # type: ignore[method-assign]
 
     add_refined(trail, tmp_path / "rows")
     size = trail.log.size
