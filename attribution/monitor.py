@@ -221,7 +221,7 @@ class _Run:
         try:
             self.history.check(index, entry.record, entry.envelope, f"entry {index}")
         except VerifyError as error:
-            self.report.add(error.check, index, error.reason)
+            self.report.add(error.check, index, error.reason.removeprefix(f"entry {index}: "))
         body = entry.record.body
         if isinstance(body, PublicationBody):
             self._check_name(entry, body)

@@ -68,9 +68,12 @@ class Trust:
             raise VerifyError("keys", f"{path}: unknown fields {', '.join(unknown)}; known: {', '.join(TRUST_FIELDS)}")
         try:
             trust = replace(cls.of(value), digest=found)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise VerifyError("keys", f"{path}: must hold 'log' and 'keys' ({error})") from error
+        try:
             _require_records(value, trust)
         except (KeyError, AttributeError, TypeError, ValueError, RecordError) as error:
-            raise VerifyError("keys", f"{path}: must hold 'log' and 'keys' ({error})") from error
+            raise VerifyError("keys", f"{path}: 'former' or 'revoked' was changed ({error})") from error
         if trust_bytes(value) != data:
             raise VerifyError("keys", f"{path}: was laid out anew; take the file again as the log's operator gave it")
         return trust if "policy" not in value else trust._under_own(value["policy"], str(path))
