@@ -87,7 +87,7 @@ def scatter(points: Sequence[dict[str, Any]]) -> str:
     ticks = "".join(_tick(value, place(value)) for value in (low + 0.05 * span, low + 0.5 * span, low + 0.95 * span))
     inner = SIDE - 2 * PAD
     return (
-        f'<svg class="scatter" viewBox="0 {PAD - 24} {SIDE} {SIDE - PAD + 24}" role="img" '
+        f'<svg class="scatter" viewBox="-24 {PAD - 24} {SIDE + 24} {SIDE - PAD + 24}" role="img" '
         'aria-label="Measured over predicted utility">'
         f'<rect class="frame" x="{PAD}" y="{PAD}" width="{inner}" height="{inner}"/>'
         f'<line class="diagonal" x1="{PAD}" y1="{SIDE - PAD}" x2="{SIDE - PAD}" y2="{PAD}"/>{ticks}{dots}'
