@@ -2,7 +2,8 @@
 
 Shrink first (one dot product per rank row and token), then expand (a weighted sum of B's rows per token); work is cut
 into items of one module's rank rows or output columns times at most ITEM_ROWS tokens, and threads take items as they
-come. Every sum runs over its index in one fixed order, so a result depends neither on the cut, nor on the thread that
+come, but for those of a step of few tokens, which are dealt out beforehand so that each thread can ask memory for its own
+(`list_wanted`). Every sum runs over its index in one fixed order, so a result depends neither on the cut, nor on the thread that
 took it, nor on what else is in the step. Each adapter's A and B are read once per ITEM_ROWS tokens.
 
 Many segments of a few tokens, a decode step of many adapters, are bound by memory: there an item is all that a segment
@@ -316,9 +317,8 @@ static int list_wanted(LoraWork *w) {
                 left = want(&w->wanted[t], ranges, shrink_range(w, &all), left);
             }
             for (int64_t p = s->first; p < s->first + s->count && left; p++) {
-                const int size = ELEMENT_SIZE(w->call.w_dtype);
-                int64_t bytes = w->products[p].rank * w->products[p].num_columns * size;
-                left = want(&w->wanted[t], ranges, (Range){w->products[p].b, bytes, 1, 0}, left);
+                const Item all = {(int32_t)p, 0, 0, (int32_t)w->products[p].num_columns};
+                left = want(&w->wanted[t], ranges, expand_range(w, &all), left);
             }
             if (t == 0 && left) w->fixed_per_thread = k + 1;
         }
