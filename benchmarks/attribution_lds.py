@@ -165,9 +165,12 @@ def plot(results: Sequence[SeedResult], file: Path) -> None:
             axis.axvline(noise.value**0.5, color="black", linestyle=":", linewidth=1)
         axis.set_title(bank, fontsize=9)
         axis.set_xlim(-0.05, 1.0)
+        axis.set_xticks((0, 0.25, 0.5, 0.75))
         axis.set_ylim(-0.7, len(names) - 0.3)
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
-    figure.suptitle("LDS (95 % over queries and subsets); framed: ours; dotted: ceiling of methods blind to data order")
+    figure.suptitle(
+        "LDS (95 % over queries and subsets)\nframed: ours; dotted: ceiling of methods blind to data order", fontsize=10
+    )
     figure.tight_layout(w_pad=0.2)
     figure.savefig(file, dpi=110)
 
