@@ -38,7 +38,7 @@ class Record:
 
 def run_peers(lab: Lab, *, cache: Path, peers: Sequence[str] = PEERS) -> dict[str, Found]:
     """Return peers' scores on a lab; runs those that the cache does not have. Raises RecordError."""
-    folder = cache / lab.digest[:16]
+    folder = (cache / lab.digest[:16]).resolve()  # runners are started in a folder of their own
     results: dict[str, Found] = {}
     for peer in peers:
         out = folder / "peers" / f"run_{peer}.npz"
