@@ -99,8 +99,10 @@ class TrainSettings(Section):
     gradient_preconditioner: Literal["ekfac", "adam", "identity"] = Field(
         "ekfac", description="what scores examples' gradients against an answer's"
     )
-    gradient_damping: float = Field(0.1, gt=0, description="`ekfac`: share of a module's mean eigenvalue added to each")
-    gradient_fit_examples: int = Field(32, ge=1, description="rows drawn at each checkpoint to fit these on")
+    gradient_damping: float = Field(
+        0.1, gt=0, description="`ekfac`: added to eigenvalues, relative to a module's mean one and the median of these"
+    )
+    gradient_fit_examples: int = Field(40, ge=1, description="rows drawn at each checkpoint to fit these on")
     threads_per_worker: int = Field(1, ge=1)
     num_probe_rows: int = Field(4, ge=1, description="rows whose logits must survive save and reload")
     reload_tolerance: float = Field(

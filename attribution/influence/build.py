@@ -148,7 +148,7 @@ def fit_views(
 
 def fit_facts(settings: CodecSettings, num_fitted: int) -> dict[str, str]:
     """Return what a store says of its fit."""
-    damping = f"{settings.damping:g} of each factor's mean eigenvalue"
+    damping = f"{settings.damping:g} of the root of each factor's mean eigenvalue times their median"
     return {
         "fitted_examples": str(num_fitted),
         "damping": damping if settings.preconditioner == "ekfac" else "",
@@ -201,16 +201,18 @@ def _summed(
     factors: LoraFactors, views: Sequence[View], batch: Sequence[Encoded], exposure_NC: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the sums of a batch's gradients [n, r, l] by factor that `encode` speaks of, and their sizes [n]."""
-    padded = factors.padded(batch)
-    counts = [rank * length for rank, length in factors.shapes.values()]
-    total, lengths = exposure_NC.new_zeros(len(batch), sum(counts)), exposure_NC.new_zeros(len(batch))
+    padded, lengths = factors.padded(batch), exposure_NC.new_zeros(len(batch))
+    total = {name: exposure_NC.new_zeros(len(batch), *shape) for name, shape in factors.shapes.items()}
     shares_NC = exposure_NC / exposure_NC.sum(dim=1, keepdim=True).clamp_min(TINY)
     for view, share in zip(views, shares_NC.unbind(dim=1), strict=True):
         view.enter()
-        gradients = torch.cat([pair.gradient().flatten(1) for pair in factors.pairs(padded).values()], dim=1)
-        size = torch.linalg.vector_norm(gradients, dim=1)
+        gradients = {name: pair.gradient() for name, pair in factors.pairs(padded).items()}
+        sizes = [torch.linalg.vector_norm(gradient, dim=(1, 2)) for gradient in gradients.values()]
+        size = torch.linalg.vector_norm(torch.stack(sizes), dim=0)
         lengths += share * size
-        total.addcmul_(gradients, (share / size.clamp_min(TINY))[:, None])
-    total *= lengths[:, None]
-    parts = zip(factors.shapes.items(), total.split(counts, dim=1), strict=True)
-    return {name: part.unflatten(1, shape) for (name, shape), part in parts}, lengths
+        weight = (share / size.clamp_min(TINY))[:, None, None]
+        for name, gradient in gradients.items():
+            total[name].addcmul_(gradient, weight)
+    for part in total.values():
+        part *= lengths[:, None, None]
+    return total, lengths

@@ -9,6 +9,7 @@ https://arxiv.org/abs/1806.03884; Grosse et al. 2023, https://arxiv.org/abs/2308
 Shape legend: n examples, t token positions, r rank, l long side, a and b basis vectors.
 """
 
+import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ _TINY = torch.finfo(torch.float32).tiny
 class CodecSettings:
     """How a codec is fitted. `dim`: numbers in a row; `basis_dim`: most vectors of a long side's basis.
 
-    `damping` is relative: what is added to a factor's eigenvalues is this share of the mean eigenvalue of that factor.
+    `damping` is relative to the mean eigenvalues: what each factor is damped by stands at `damping_floors`.
     """
 
     preconditioner: Preconditioner = "ekfac"
@@ -54,10 +55,16 @@ def fit_codec(
     return fit.codec()
 
 
-def damped_weight(eigenvalues: Tensor, *, mean: float | Tensor, damping: float) -> Tensor:
-    """Return (eigenvalues + damping * mean)^-1/2, the damped inverse's square root; `mean` is this factor's own."""
-    floor = torch.as_tensor(damping * mean).clamp_min(torch.finfo(torch.float32).tiny)
-    return (eigenvalues + floor).rsqrt()
+def damping_floors(means: Sequence[float], damping: float) -> list[float]:
+    """Return what is added to each factor's eigenvalues, given the mean eigenvalue of each.
+
+    Semantics: floor[f] = damping * sqrt(means[f] * median(means)). A run that ends early damps a direction by what its
+    steps divided the gradient by, over the summed rates. Under Adam that is the root of the gradient's second moment,
+    so a factor of small gradients is damped more, for its size, than by a share of its own mean; the median keeps one
+    factor of long gradients from damping all others. Measured in docs/log.md, 2026-11-25.
+    """
+    middle = statistics.median(means)
+    return [max(damping * (mean * middle) ** 0.5, _TINY) for mean in means]
 
 
 class CodecFit:
@@ -127,17 +134,20 @@ class CodecFit:
     def codec(self) -> GradientCodec:
         """Return what was fitted; its tensors are on the CPU."""
         fitted, energies = [], []
-        for name, sums in self._sums.items():
+        floors = damping_floors([self._mean_eigenvalue(name) for name in self._sums], self.settings.damping)
+        for (name, sums), floor in zip(self._sums.items(), floors, strict=True):
             weight = torch.ones_like(sums.squares)
             if self.settings.preconditioner == "ekfac":
-                rank, length = self.factors.shapes[name]
-                mean = sums.size / (rank * length)
-                weight = damped_weight(sums.squares / sums.num, mean=mean / sums.num, damping=self.settings.damping)
+                weight = (sums.squares / sums.num + floor).rsqrt()
             everything = torch.arange(weight.numel(), device=weight.device)
             fitted.append(FactorCodec(name, sums.short_basis, sums.long_basis, weight, everything))
             energies.append(sums.squares * weight**2)
         fitted = self._in_nats(fitted, energies)
         return cut(self.settings.preconditioner, fitted, energies, dim=self.settings.dim).to("cpu")
+
+    def _mean_eigenvalue(self, name: str) -> float:
+        rank, length = self.factors.shapes[name]
+        return float(self._sums[name].size / self._sums[name].num) / (rank * length)
 
     def _in_nats(self, fitted: list[FactorCodec], energies: Sequence[Tensor]) -> list[FactorCodec]:
         wanted = sum(float(sums.adam_size) for sums in self._sums.values())

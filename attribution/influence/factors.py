@@ -5,7 +5,7 @@ B), v vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -100,6 +100,11 @@ class LoraFactors:
         }
 
     @cached_property
+    def _all_modules(self) -> tuple[nn.Module, ...]:
+        """All of the model's, found once: to walk through them at every pass costs a small model a fortieth of it."""
+        return tuple(self.model.modules())
+
+    @cached_property
     def batch_tokens(self) -> int:
         """How many padded tokens of this model fit `BATCH_BYTES`."""
         linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
@@ -156,7 +161,8 @@ class LoraFactors:
     def forward(self, batch: Sequence[Encoded] | Padded) -> Iterator[tuple[Activations, Tensor, Tensor]]:
         """Yield (activations, logits, targets) of one recorded forward pass, the latter two as of `target_logits`."""
         given = batch if isinstance(batch, Padded) else self.padded(batch)
-        with evaluating(self.model), torch.enable_grad(), self._recording() as seen:
+        switch = evaluating(self.model) if any(one.training for one in self._all_modules) else nullcontext()
+        with switch, torch.enable_grad(), self._recording() as seen:
             yield seen, *target_logits(self.model, given.input_ids, given.labels, mask=given.mask)
 
     def backward(
