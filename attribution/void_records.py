@@ -38,6 +38,11 @@ class VoidRecord:
     needs_key: bool
 
     @property
+    def sentence(self) -> str:
+        """As `told`, for readers who can do nothing about it, and without a name."""
+        return f"{self.entry.leaf.kind} record {self.entry.leaf_hash} is {self.why}: it counts for nothing"
+
+    @property
     def told(self) -> str:
         """A sentence with record, person, key and remedy."""
         return f"{_label(self.entry)} of {self.name}: {self.why}, {self._remedy()}"
