@@ -78,6 +78,19 @@ class People:
             self._brought[body.key_id] = entry.leaf_hash
 
 
+def first_keys(trail: "Trail") -> dict[str, str]:
+    """Return for each key of a contributor that took another's place the first of the chain: it stands for the person.
+
+    Void rotations count too: the key is theirs, and as revoked as the one before.
+    """
+    first: dict[str, str] = {}
+    for entry in trail.notices():
+        body = entry.record.body if entry.record is not None else None
+        if isinstance(body, KeyRotationBody) and body.role == "contributor":
+            first[body.key_id] = first.get(body.old_key_id, body.old_key_id)
+    return first
+
+
 def require_person(trail: "Trail", name: str, *, what: str) -> Person:
     """Return the person of a name; UserError, beginning with `what`, tells the nearest known name."""
     known = People(trail).by_name

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
-from attribution.bodies import AdapterBody, KeyRotationBody
+from attribution.bodies import AdapterBody
+from attribution.people import first_keys
 from attribution.priority import NearDuplicates, Priority, RegisteredRow, prioritise
 from attribution.settlement import Settlement
 from attribution.statement import ClusterLine, Copies, Policy, StatementError, Withheld
@@ -95,16 +96,6 @@ def _rows(trail: "Trail", chosen: Sequence[Contribution]) -> dict[str, Registere
             found = RegisteredRow(row["contribution_id"], whose, origin.leaf_index, row["line_number"], messages)
             rows.setdefault(found.row_id, found)  # equal lines of one file have one id
     return rows
-
-
-def first_keys(trail: "Trail") -> dict[str, str]:
-    """Return for each key of a contributor that took another's place the first of the chain."""
-    first: dict[str, str] = {}
-    for entry in trail.notices():
-        body = entry.record.body if entry.record is not None else None
-        if isinstance(body, KeyRotationBody) and body.role == "contributor":
-            first[body.key_id] = first.get(body.old_key_id, body.old_key_id)
-    return first
 
 
 def learnt_rows(trail: "Trail", adapter: str, rows: Mapping[str, RegisteredRow]) -> list[RegisteredRow]:

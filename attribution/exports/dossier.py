@@ -18,7 +18,6 @@ from attribution.bodies import (
     BenchmarkBody,
     ContributorBody,
     DatasetBody,
-    KeyRotationBody,
     ModelSignatureBody,
     PublicationBody,
     RedactionBody,
@@ -28,7 +27,7 @@ from attribution.evidence import recorded_confidence
 from attribution.licences import LicenceError, canonical_licence
 from attribution.lineage import Lineage
 from attribution.log.note import open_checkpoint
-from attribution.people import People
+from attribution.people import People, first_keys
 from attribution.registry import RegistryError
 from attribution.store import MANIFEST, Manifest, StoreError
 from attribution.verify_adapter import PROOF_FILE, PROOF_SUFFIX
@@ -264,7 +263,7 @@ def gather(trail: "Trail", reference: str) -> Dossier:
     measured = [item.leaf_hash for item in _benchmarks(trail, digest)]
     rests_on = [trail.entry(leaf) for leaf in lineage.closure([*own, *measured])]
     proofs, proof_file_of = _proofs(trail, lineage, [*own, *measured])
-    first = _first_keys(trail)
+    first = first_keys(trail)
     refined = tuple(_refined(item, first) for item in behind if item.leaf.kind == "refinement")
     sources = tuple(_source(item, first) for item in behind if item.leaf.kind == "dataset")
     name, version = _name_of(publication, entry, digest)
@@ -413,16 +412,6 @@ def _base(trail: "Trail", entry: "Entry") -> Base | None:
         return Base(digest, f"erased base model {digest[7:19]}", parent, None)
     digests = [item.digest for item in entry.leaf.subjects if item.kind == "base_model"]
     return Base(digests[0], f"base model {digests[0][7:19]}", None, None) if digests else None
-
-
-def _first_keys(trail: "Trail") -> dict[str, str]:
-    """Each contributor's key that took another's place -> the first of the chain."""
-    first: dict[str, str] = {}
-    for entry in trail.notices():
-        body = entry.record.body if entry.record is not None else None
-        if isinstance(body, KeyRotationBody) and body.role == "contributor":
-            first[body.key_id] = first.get(body.old_key_id, body.old_key_id)
-    return first
 
 
 def _refined(entry: "Entry", first: Mapping[str, str]) -> Refined:
