@@ -25,13 +25,14 @@ INTEGER = re.compile(r"[0-9]{1,16}")
 Rows = Iterator[tuple[int, dict[str, Any] | str]]
 """Line and fields, or what is wrong with the line."""
 
-Problem = Literal["unknown", "duplicate", "conflict", "outside the period", "paid before"]
+Problem = Literal["unknown", "duplicate", "conflict", "outside the period", "paid before", "revoked key"]
 PROBLEMS: dict[Problem, str] = {
     "unknown": "the log has no receipt of this id, or it was erased",
     "duplicate": "the same row stands earlier in the table, which is paid once",
     "conflict": "the id stands in the table with another payer or fee; say which holds",
     "outside the period": "the receipt is of another time",
     "paid before": "an earlier statement paid for this receipt",
+    "revoked key": "the receipt is signed with a key from its revocation on",
 }
 
 
@@ -59,13 +60,17 @@ class Listed:
 
 @dataclass(frozen=True)
 class Answered:
-    """What the log says of a request: when, by which adapter (None: the base alone) and base, in which record."""
+    """What the log says of a request: when, by which adapter (None: the base alone) and base, in which record.
+
+    `counts`: whether the record's signature does.
+    """
 
     request_id: str
     time_us: int
     adapter: str | None
     base: str
     leaf_hash: str
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,8 @@ def _problem(fee: Fee, found: Answered | None, paid_before: set[str], period: tu
         return "unknown"
     if fee.request_id in paid_before:
         return "paid before"
+    if not found.counts:
+        return "revoked key"
     return None if period[0] <= found.time_us < period[1] else "outside the period"
 
 

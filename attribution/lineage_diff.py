@@ -15,6 +15,7 @@ from attribution.lineage_graph import LineageGraph, Node
 from attribution.lineage_layout import LineageError
 from attribution.lineage_names import Reference
 from attribution.lineage_queries import LineageQueries
+from attribution.people import first_keys
 from attribution.questions import Resampling
 from attribution.records import Record, to_plain
 
@@ -228,11 +229,12 @@ def _rows(trail: "Trail", before: _Version, after: _Version, missing: list[str])
     sides = (before.refinement, after.refinement)
     if not all(sides):
         return
-    tables = [_row_ids(trail, body) for body in sides if body]
+    first = first_keys(trail)
+    tables = [_row_ids(trail, body, first) for body in sides if body]
     if not all(table is not None for table in tables):
         missing.append("which rows came and went: a table of refined rows was erased")
     names = trail_names(trail)
-    counts = [{part.key_id: part.num_kept for part in body.per_contributor} for body in sides if body]
+    counts = [_kept(body, first) for body in sides if body]
     for key_id in dict.fromkeys([*counts[0], *counts[1]]):
         old, new = (None if table is None else table.get(key_id, set()) for table in tables)
         added = None if old is None or new is None else len(new - old)
@@ -249,13 +251,22 @@ def trail_names(trail: "Trail") -> dict[str, str]:
     return Lineage(trail).contributor_names()
 
 
-def _row_ids(trail: "Trail", body: RefinementBody) -> dict[str, set[str]] | None:
-    """Example ids by contributor of a refined dataset's rows, None when the table was erased."""
+def _kept(body: RefinementBody, first: Mapping[str, str]) -> dict[str, int]:
+    """Rows kept by person, under the first of their keys."""
+    counts: dict[str, int] = {}
+    for part in body.per_contributor:
+        person = first.get(part.key_id, part.key_id)
+        counts[person] = counts.get(person, 0) + part.num_kept
+    return counts
+
+
+def _row_ids(trail: "Trail", body: RefinementBody, first: Mapping[str, str]) -> dict[str, set[str]] | None:
+    """Example ids by person of a refined dataset's rows, None when the table was erased."""
     if not trail.store.has(body.rows):
         return None
     found: dict[str, set[str]] = {}
     for row in trail.get_table(body.rows).select(["example_id", "contributor"]).to_pylist():
-        found.setdefault(row["contributor"], set()).add(row["example_id"])
+        found.setdefault(first.get(row["contributor"], row["contributor"]), set()).add(row["example_id"])
     return found
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from attribution.bodies import NOTICE_KINDS, PublicationBody, RedactionBody
-from attribution.log.key_history import KeyHistory
+from attribution.log.key_history import KeyHistory, VoidKeyRecord
 from attribution.log.merkle import Frontier, hash_leaf
 from attribution.log.note import Checkpoint, NoteError
 from attribution.log.proved import VerifyError
@@ -39,7 +39,10 @@ class Violation:
 
 @dataclass
 class Report:
-    """What one run saw. `checked` counts by check; `views` says of each view whether it equals the log."""
+    """What one run saw. `checked` counts by check; `views` says of each view whether it equals the log.
+
+    `void`: records that count for nothing though the log is as it should be, such as a rotation by a revoked key.
+    """
 
     origin: str
     size: int
@@ -48,6 +51,7 @@ class Report:
     checked: dict[str, int] = field(default_factory=dict)
     violations: list[Violation] = field(default_factory=list)
     views: dict[str, str] = field(default_factory=dict)
+    void: list[Violation] = field(default_factory=list)
 
     def count(self, check: str, number: int = 1) -> None:
         """Note that a check was made."""
@@ -200,10 +204,8 @@ class _Run:
             is_new = index >= self.report.first or index in self.memory.suspects
             if index < self.report.size and (is_new or leaf.kind in CARRIED_KINDS):
                 self._check_entry(index, leaf, is_new=is_new)
-        for index, time_us, key_id, _ in self.history.uses:
-            revoked = self.history.revoked.get(key_id)
-            if revoked is not None and time_us >= revoked.from_us:
-                self.report.add("revoked key", index, f"signed with key {key_id[:16]}, revoked: {revoked.reason}")
+        for index, error in self.history.revoked_uses():
+            self.report.add(error.check, index, error.reason.removeprefix(f"entry {index}: "))
 
     def _check_entry(self, index: int, leaf: Leaf, *, is_new: bool) -> None:
         assert self.trail is not None
@@ -220,6 +222,8 @@ class _Run:
         self.report.count("signature", is_new)
         try:
             self.history.check(index, entry.record, entry.envelope, f"entry {index}")
+        except VoidKeyRecord as error:
+            self.report.void.append(Violation(leaf.kind, index, error.reason.removeprefix(f"entry {index}: ")))
         except VerifyError as error:
             self.report.add(error.check, index, error.reason.removeprefix(f"entry {index}: "))
         body = entry.record.body

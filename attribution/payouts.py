@@ -24,7 +24,7 @@ from typing import Literal
 MILLION = 1_000_000
 MICRO = 1_000_000
 
-Verdict = Literal["paid", "no measurable effect", "negative", "later copy"]
+Verdict = Literal["paid", "no measurable effect", "negative", "later copy", "revoked key"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Claim:
 
     moved: value that was another player's, because the rows behind it are later copies of this one's.
     is_copy: every row of the player is a later copy, so that nothing is left of its own.
+    withheld: the part of a positive value whose rows are signed with a revoked key: in the divisor, and paid to nobody.
+    is_withheld: every row of the player is signed so, or is a later copy.
     settled_p_micro: the settlement's own chance of such a value without any effect (two-sided, Holm over its players,
     in millionths); 0 where none is known, or where the value was joined with that of copies.
     """
@@ -65,6 +67,13 @@ class Claim:
     moved: int = 0
     is_copy: bool = False
     settled_p_micro: int = 0
+    withheld: int = 0
+    is_withheld: bool = False
+
+    @property
+    def is_barred(self) -> bool:
+        """Whether nothing is left of it that could be paid, whatever it was measured at."""
+        return self.is_copy or self.is_withheld
 
 
 @dataclass(frozen=True)
@@ -115,9 +124,9 @@ def allocate(pool: int, claims: Sequence[Claim], *, gain: int, confidence: float
     """Share `pool` out by settled values: net, then threshold, then clip.
 
     Semantics: amount_i = floor(pool * value_i / divisor) for each i whose value is distinguishable from zero, with
-    divisor = max(gain, sum of all positive values); everything else is unattributed. `gain` is what the adapter as a
-    whole was measured to change (full - empty, micro-units). Values are already net over the period's items, harm in
-    one item against good in another.
+    divisor = max(gain, sum of all positive values and of what is withheld); everything else is unattributed. `gain` is
+    what the adapter as a whole was measured to change (full - empty, micro-units). Values are already net over the
+    period's items, harm in one item against good in another.
 
     confidence: that of the intervals, two-sided. A player passes when its lower bound is above zero and, with
     `familywise`, when Holm's step-down keeps the chance of paying any player without effect under (1 - confidence) / 2,
@@ -130,10 +139,10 @@ def allocate(pool: int, claims: Sequence[Claim], *, gain: int, confidence: float
         chances = [max(pair) for pair in zip(_holm(chances), settled, strict=True)]
     limit = (1 - confidence) / 2
     passed = [
-        not claim.is_copy and claim.low > 0 and claim.value > 0 and chance <= limit + 1e-12
+        not claim.is_barred and claim.low > 0 and claim.value > 0 and chance <= limit + 1e-12
         for claim, chance in zip(ordered, chances, strict=True)
     ]
-    divisor = max(gain, sum(max(claim.value, 0) for claim in ordered), 1)
+    divisor = max(gain, sum(max(claim.value, 0) + claim.withheld for claim in ordered), 1)
     payable = pool if gain > 0 else 0
 
     def amount(value: int) -> int:
@@ -165,19 +174,19 @@ def _amounts(claim: Claim, passes: bool, amount: Callable[[int], int]) -> tuple[
 def _verdict(claim: Claim, passes: bool) -> Verdict:
     if passes:
         return "paid"
-    if claim.is_copy:
-        return "later copy"
+    if claim.is_barred:
+        return "revoked key" if claim.is_withheld else "later copy"
     return "negative" if claim.high < 0 else "no measurable effect"
 
 
 def _chances(claims: Sequence[Claim], *, confidence: float) -> list[float]:
-    """One-sided chance of each value with no effect, from the distance of its lower bound; copies are not tested."""
+    """One-sided chance of each value with no effect, from the distance of its lower bound, 1 for the barred."""
     normal = NormalDist()
     border = normal.inv_cdf((1 + confidence) / 2)
     chances = []
     for claim in claims:
         half_width = max(claim.value - claim.low, 1)
-        chances.append(1.0 if claim.is_copy else normal.cdf(-border * claim.value / half_width))
+        chances.append(1.0 if claim.is_barred else normal.cdf(-border * claim.value / half_width))
     return chances
 
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from attribution.bodies import ContributorBody, KeyRevocationBody, KeyRotationBody
-from attribution.log.key_history import VoidRotation
+from attribution.log.key_history import VoidKeyRecord
 from attribution.log.proved import VerifyError
 from attribution.log.trust import Trust
 from attribution.trust_file import OPERATOR, TRUST_FILE
@@ -65,11 +65,10 @@ class People:
             return
         try:
             self.signers_of(entry)
-        except VoidRotation:
-            pass  # the new key is theirs, and as revoked as the old
-        except VerifyError as error:
-            if error.check != "revoked key" or not isinstance(body, ContributorBody):
-                return  # it brings no key
+        except VoidKeyRecord:
+            pass  # the key is theirs, and revoked
+        except VerifyError:
+            return  # it brings no key
         if isinstance(body, ContributorBody):
             self.names = {key_id: name for key_id, name in self.names.items() if name != body.name}
             self.names[body.key_id] = body.name
@@ -77,6 +76,19 @@ class People:
             self.names[body.key_id] = self.names[body.old_key_id]
         if not isinstance(body, KeyRevocationBody):
             self._brought[body.key_id] = entry.leaf_hash
+
+
+def first_keys(trail: "Trail") -> dict[str, str]:
+    """Return for each key of a contributor that took another's place the first of the chain: it stands for the person.
+
+    Void rotations count too: the key is theirs, and as revoked as the one before.
+    """
+    first: dict[str, str] = {}
+    for entry in trail.notices():
+        body = entry.record.body if entry.record is not None else None
+        if isinstance(body, KeyRotationBody) and body.role == "contributor":
+            first[body.key_id] = first.get(body.old_key_id, body.old_key_id)
+    return first
 
 
 def require_person(trail: "Trail", name: str, *, what: str) -> Person:

@@ -7,10 +7,10 @@ clusters), the second what came of it. `compute` turns one into the other; makin
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attribution.payouts import MILLION, Claim, Split, Verdict, allocate, joined_half_width, split_fee
-from attribution.records import CodeIdentity
+from attribution.records import CodeIdentity, from_plain, to_plain
 from configs.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,6 +140,22 @@ class Copies:
 
 
 @dataclass(frozen=True)
+class Withheld:
+    """What stands on `records` (leaf hashes) signed with a revoked key, for which nothing is paid; `reason` says why.
+
+    kind and id: a player of the adapter's settlement, of whose rows the adapter learnt `num_rows` from those records;
+    `adapter` and its digest where nothing about the adapter counts; `base_model` and its digest.
+    """
+
+    adapter: str
+    kind: str
+    id: str
+    num_rows: int
+    records: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class ClusterLine:
     """Rows of several contributors that say the same: key ids and row ids in order of registration, the owner first."""
 
@@ -239,7 +255,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Statement:
-    """All of it. Requests are in the order of the fee table's lines."""
+    """All of it. Requests are in the order of the fee table's lines. `withheld`: see `json_of`."""
 
     v: int
     unit: str
@@ -258,6 +274,7 @@ class Statement:
     payouts: tuple[PayoutLine, ...] = ()
     totals: Totals = Totals(0, 0, 0, 0, 0, 0, 0, 0)
     notes: tuple[str, ...] = NOTES
+    withheld: tuple[Withheld, ...] = ()
 
     def settlement_of(self, adapter: str) -> Settled | None:
         """The settlement of an adapter, if it has one."""
@@ -283,38 +300,58 @@ def compute(statement: Statement) -> Statement:
     return replace(statement, pools=tuple(pools), payouts=tuple(payouts), totals=_totals(requests, pools, payouts))
 
 
-def claims_of(settled: Settled, copies: Sequence[Copies]) -> tuple[Claim, ...]:
+def json_of(statement: Statement) -> dict[str, Any]:
+    """Return a statement's JSON form. `withheld` stands in it only where something is: older ones do not have it."""
+    value: dict[str, Any] = to_plain(statement, "statement")
+    return value if statement.withheld else {name: part for name, part in value.items() if name != "withheld"}
+
+
+def statement_of_json(value: object) -> Statement:
+    """Return the statement of its JSON form; RecordError names the field that is wrong."""
+    whole = {"withheld": [], **value} if isinstance(value, dict) else value
+    statement: Statement = from_plain(Statement, whole, "statement")
+    if statement.v != STATEMENT_VERSION:
+        raise StatementError(f"statement: version {statement.v} is unknown; this program reads {STATEMENT_VERSION}")
+    return statement
+
+
+def claims_of(settled: Settled, copies: Sequence[Copies], withheld: Sequence[Withheld] = ()) -> tuple[Claim, ...]:
     """Return the players of the data part as claims, the value of later copies moved to who registered first.
 
     A player of n rows, c of them later copies of an owner's, gives c/n of a positive value up to that owner; a negative
     one stays where it is, so that nobody is harmed by being copied badly. By Banzhaf's 2-efficiency the values of a
-    row's owner and of one copier of all of it sum to what the two would have as one player.
+    row's owner and of one copier of all of it sum to what the two would have as one player. Of rows signed with a
+    revoked key the same part of a positive value is withheld.
     """
     players = {(p.kind, p.id): p for p in settled.players if p.kind not in NO_DATA_KINDS}
     lost: dict[tuple[str, str], int] = defaultdict(int)
     gained: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    void = {(item.kind, item.id): item.num_rows for item in withheld if item.adapter == settled.adapter}
     for copy in copies:
         copier = players.get((copy.kind, copy.player))
         if copy.adapter != settled.adapter or copier is None or not copier.num_rows:
             continue
         lost[copy.kind, copy.player] += copy.num_copies
         if copier.value > 0:
-            width = copier.value - copier.low
-            moved = (copier.value * copy.num_copies // copier.num_rows, width * copy.num_copies // copier.num_rows)
+            width, num_rows = copier.value - copier.low, copier.num_rows + void.get((copy.kind, copy.player), 0)
+            moved = (copier.value * copy.num_copies // num_rows, width * copy.num_copies // num_rows)
             gained[copy.kind, copy.owner].append(moved)
     keys = sorted({*players, *gained})
-    return tuple(_claim(key, players.get(key), lost[key], gained[key]) for key in keys)
+    return tuple(_claim(key, players.get(key), lost[key], void.get(key, 0), gained[key]) for key in keys)
 
 
-def _claim(key: tuple[str, str], player: Player | None, lost: int, gained: Sequence[tuple[int, int]]) -> Claim:
-    """A player's own value less what its copies are worth, and what others' copies of its rows are worth."""
+def _claim(
+    key: tuple[str, str], player: Player | None, lost: int, void: int, gained: Sequence[tuple[int, int]]
+) -> Claim:
+    """A player's own value less what copies and revoked rows are worth, and what others' copies of its rows are."""
     kind, id = key
-    value, below, above, is_copy = 0, 0, 0, False
+    value, below, above, withheld, is_barred = 0, 0, 0, 0, False
     if player is not None:
-        own = max(player.num_rows - lost, 0) if player.num_rows else 1
-        of = player.num_rows or 1
-        is_copy = bool(lost) and own == 0
-        scale = (own, of) if player.value > 0 or is_copy else (1, 1)
+        of = player.num_rows + void or 1
+        own = max(player.num_rows - lost, 0) if player.num_rows + void else 1
+        is_barred = own == 0
+        scale = (own, of) if player.value > 0 or is_barred else (1, 1)
+        withheld = -(-max(player.value, 0) * void // of)
         value = player.value * scale[0] // scale[1]
         below = -(-(player.value - player.low) * scale[0] // scale[1])
         above = -(-(player.high - player.value) * scale[0] // scale[1])
@@ -324,7 +361,11 @@ def _claim(key: tuple[str, str], player: Player | None, lost: int, gained: Seque
         below, above = joined_half_width(below, width), joined_half_width(above, width)
     value += moved
     settled_p = player.p_micro if player is not None and not moved else 0
-    return Claim(kind, id, value, value - below, value + above, moved, is_copy and not moved, settled_p)
+    is_barred = is_barred and not moved
+    is_withheld = is_barred and void > 0
+    return Claim(
+        kind, id, value, value - below, value + above, moved, is_barred and not void, settled_p, withheld, is_withheld
+    )
 
 
 def _parts(line: RequestLine, split: Split) -> RequestLine:
@@ -340,13 +381,14 @@ def _parts(line: RequestLine, split: Split) -> RequestLine:
 
 def _share_out(statement: Statement, adapter: str, lines: Sequence[RequestLine]) -> tuple[PoolLine, list[PayoutLine]]:
     """One adapter's pool, and the payouts to its trainer and its data."""
-    settled = statement.settlement_of(adapter)
+    void = next((item.reason for item in statement.withheld if (item.kind, item.id) == ("adapter", adapter)), "")
+    settled = None if void else statement.settlement_of(adapter)
     adapter_part, data_part = sum(line.adapter_part for line in lines), sum(line.data_part for line in lines)
-    gain, reason = (settled.gain if settled else 0), _reason(adapter, settled)
+    gain, reason = (settled.gain if settled else 0), void or _reason(adapter, settled)
     payouts: list[PayoutLine] = []
     divisor = 0
     if settled is not None:
-        claims = claims_of(settled, statement.copies)
+        claims = claims_of(settled, statement.copies, statement.withheld)
         allocation = allocate(
             data_part,
             claims,
@@ -370,6 +412,8 @@ def _share_out(statement: Statement, adapter: str, lines: Sequence[RequestLine])
         payouts.append(_fixed("adapter", adapter, trainer, adapter_paid))
     if not reason and not data_paid and data_part:
         reason = "no player's value is distinguishable from zero"
+        if any(line.verdict == "revoked key" for line in payouts):
+            reason = "no player's value is distinguishable from zero and signed with a key that counts"
     pool = PoolLine(
         adapter=adapter,
         num_requests=len(lines),

@@ -5,35 +5,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attribution.bodies import BaseModelBody, StatementBody
+from attribution.bodies import StatementBody
 from attribution.fees import Answered, Fee, read_fees, sort_fees
 from attribution.log.sequencer import file_lock
+from attribution.people import People
 from attribution.provenance import code_identity
 from attribution.receipt_index import ReceiptIndex
 from attribution.receipts import completion_rows, parse_receipt
-from attribution.records import Artefact, from_plain, to_plain
-from attribution.settlement import Settlement, settlement_of, settlements
+from attribution.records import Artefact
+from attribution.settlement import Settlement
 from attribution.statement import (
     NO_ADAPTER,
     STATEMENT_VERSION,
     ClusterLine,
     Copies,
     FeeTable,
-    Maker,
     Player,
     Policy,
     RequestLine,
     Settled,
     Statement,
     StatementError,
+    Withheld,
     compute,
+    json_of,
+    statement_of_json,
 )
-from attribution.trust_file import OPERATOR
+from attribution.statement_withheld import counting_settlements, makers_of, void_datasets
+from attribution.void_records import void_record
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
-    from attribution.trust_file import OPERATOR
-from configs.schema import CreditSettings
+    from configs.schema import CreditSettings
 
 MICRO = 1_000_000
 
@@ -42,12 +45,14 @@ MICRO = 1_000_000
 class CopyFindings:
     """What the registered rows say of settled players.
 
-    num_rows: (adapter, kind, player id) -> rows of that player that the adapter learnt from.
+    num_rows: (adapter, kind, player id) -> rows of that player that the adapter learnt from, those that are `withheld`,
+    for a revoked key signed them, not among them.
     """
 
     num_rows: Mapping[tuple[str, str, str], int]
     copies: tuple[Copies, ...] = ()
     clusters: tuple[ClusterLine, ...] = ()
+    withheld: tuple[Withheld, ...] = ()
 
 
 FindCopies = Callable[[Sequence[Settlement], Policy], CopyFindings]
@@ -92,7 +97,7 @@ def make_statement(
         if not any(not line.problem for line in statement.requests):
             problems = ", ".join(sorted({line.problem for line in statement.requests})) or "it has no rows"
             raise StatementError(f"fee table {fee_file.name}: nothing in it can be paid in this period ({problems})")
-        table = trail.put_json(to_plain(statement, "statement"))
+        table = trail.put_json(json_of(statement))
         fee_table = statement.fee_table
         inputs = [Artefact("fees", fee_table.name, fee_table.digest)]
         return trail.record(
@@ -114,14 +119,6 @@ def read_statement(trail: "Trail", entry: "Entry") -> Statement:
     return statement_of_json(trail.get_json(body.table))
 
 
-def statement_of_json(value: object) -> Statement:
-    """Return the statement of its JSON form; RecordError names the field that is wrong."""
-    statement: Statement = from_plain(Statement, value, "statement")
-    if statement.v != STATEMENT_VERSION:
-        raise StatementError(f"statement: version {statement.v} is unknown; this program reads {STATEMENT_VERSION}")
-    return statement
-
-
 def statements(trail: "Trail") -> "Iterator[tuple[Entry, Statement]]":
     """Yield the statements of a log that were not erased, oldest first."""
     for entry in trail.entries(kind="statement"):
@@ -132,12 +129,16 @@ def statements(trail: "Trail") -> "Iterator[tuple[Entry, Statement]]":
 def answered(trail: "Trail", request_ids: Sequence[str]) -> dict[str, Answered]:
     """Return what the log says of those of the requests that it knows; each batch of receipts is read once."""
     places = ReceiptIndex(trail).places(list(dict.fromkeys(request_ids)))
-    found = {}
+    found, people = {}, People(trail)
     for leaf_hash in sorted({place.leaf_hash for place in places.values()}):
-        for row in completion_rows(trail, trail.entry(leaf_hash)):
+        entry = trail.entry(leaf_hash)
+        counts = void_record(people, entry) is None
+        for row in completion_rows(trail, entry):
             receipt = parse_receipt(row.receipt)
             if receipt.id in places:
-                found[receipt.id] = Answered(receipt.id, receipt.time_us, receipt.adapter, receipt.base, leaf_hash)
+                found[receipt.id] = Answered(
+                    receipt.id, receipt.time_us, receipt.adapter, receipt.base, leaf_hash, counts
+                )
     return found
 
 
@@ -184,8 +185,11 @@ def _gather(
     known = answered(trail, [fee.request_id for fee in fees])
     requests = request_lines(fees, known, period, paid_before=_paid_before(trail))
     adapters = sorted({line.adapter for line in requests if line.adapter and not line.problem})
-    used = _settlements(trail, adapters, policy, chosen)
+    used, void_adapters = counting_settlements(trail, adapters, chosen)
+    _require_confidence(used, policy)
     findings = find_copies(used, policy)
+    makers, void_bases = makers_of(trail, requests)
+    withheld = (*void_adapters, *void_bases, *findings.withheld)
     return Statement(
         v=STATEMENT_VERSION,
         unit=settings.unit,
@@ -198,8 +202,9 @@ def _gather(
         settlements=tuple(settled_of(settlement, findings.num_rows) for settlement in used),
         copies=findings.copies,
         clusters=findings.clusters,
-        makers=_makers(trail, requests),
+        makers=makers,
         requests=requests,
+        withheld=(*withheld, *void_datasets(trail, used, withheld)),
     )
 
 
@@ -224,35 +229,10 @@ def _paid_before(trail: "Trail") -> list[str]:
     return [line.request_id for _, earlier in statements(trail) for line in earlier.requests if not line.problem]
 
 
-def _settlements(trail: "Trail", adapters: Sequence[str], policy: Policy, chosen: Sequence[str]) -> list[Settlement]:
-    """One settlement for each adapter that has any; those chosen must be of these adapters."""
-    newest = {found.adapter: found for found in settlements(trail) if found.adapter in adapters}
-    for leaf in chosen:
-        settlement = settlement_of(trail, trail.entry(trail.leaf_hash(leaf)))
-        if settlement.adapter not in adapters:
-            raise StatementError(f"settlement {leaf}: of adapter {settlement.adapter}, which answered no paid request")
-        newest[settlement.adapter] = settlement
-    used = [newest[adapter] for adapter in adapters if adapter in newest]
+def _require_confidence(used: Sequence[Settlement], policy: Policy) -> None:
     for settlement in used:
         if round(settlement.confidence * MICRO) < policy.confidence_micro:
             raise StatementError(
                 f"settlement {settlement.leaf_hash[:12]}: its intervals hold at {settlement.confidence:.0%}, under "
                 f"credit.confidence = {policy.confidence_micro / MICRO:.0%}; settle again at that, or lower the setting"
             )
-    return used
-
-
-def _makers(trail: "Trail", requests: Sequence[RequestLine]) -> tuple[Maker, ...]:
-    """Who trained the adapters and who made the bases that answered, as their records say."""
-    makers = []
-    for adapter in sorted({line.adapter for line in requests if not line.problem} - {NO_ADAPTER}):
-        entry = trail.find(adapter)
-        if entry is not None and entry.record is not None:
-            key_id = next(iter(entry.record.contributors), None)
-            trainer = key_id.key_id if key_id is not None else trail.keys.get(OPERATOR).key_id
-            makers.append(Maker("adapter", adapter, trainer))
-    for base in sorted({line.base for line in requests if not line.problem}):
-        entry = trail.find(base)
-        if entry is not None and entry.record is not None and isinstance(entry.record.body, BaseModelBody):
-            makers.append(Maker("base", base, base))
-    return tuple(makers)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attribution.bodies import BaseModelBody
 from attribution.lineage import Lineage
 from attribution.settlement import player_name
-from attribution.statement import Statement
+from attribution.statement import Statement, Withheld
 from attribution.trust_file import OPERATOR
 
 if TYPE_CHECKING:
@@ -37,6 +37,12 @@ def names_of_facts(facts: Mapping[str, Any]) -> dict[str, str]:
 def name_of(names: Names, party: str) -> str:
     """Return a party's name, or the beginning of its id where nothing tells it."""
     return names.get(party) or party.removeprefix("sha256:")[:12]
+
+
+def withheld_from(item: Withheld, names: Names) -> str:
+    """Return whose part is withheld, in a few words."""
+    rows = f", {item.num_rows} rows" if item.num_rows else ""
+    return f"{item.kind.replace('_', ' ')} {name_of(names, item.id)}{rows}"
 
 
 def _base_name(trail: "Trail", digest: str) -> str:

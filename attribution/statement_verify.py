@@ -15,8 +15,8 @@ from attribution.lineage import record_bundle
 from attribution.log.proved import VerifyError
 from attribution.log.trust import Trust
 from attribution.log.verify import RECORD_BUNDLE_TYPE, Verified, verify_bytes
-from attribution.records import RecordError, parse_strict, to_plain
-from attribution.statement import RequestLine, Statement, StatementError, compute
+from attribution.records import RecordError, parse_strict
+from attribution.statement import RequestLine, Statement, StatementError, compute, json_of, statement_of_json
 from attribution.statement_make import (
     FindCopies,
     Period,
@@ -24,7 +24,6 @@ from attribution.statement_make import (
     read_statement,
     request_lines,
     settled_of,
-    statement_of_json,
     statements,
 )
 from attribution.statement_names import Names, name_of, names_of_facts
@@ -40,8 +39,8 @@ MILLION = 1_000_000
 
 def statement_bundle(trail: "Trail", entry: "Entry") -> dict[str, Any]:
     """Return a statement with the proof of its record: what `trailmark verify statement` takes."""
-    statement = to_plain(read_statement(trail, entry), "statement")
-    return {**record_bundle(trail, entry.leaf_hash), "type": STATEMENT_BUNDLE_TYPE, "statement": statement}
+    statement = read_statement(trail, entry)
+    return {**record_bundle(trail, entry.leaf_hash), "type": STATEMENT_BUNDLE_TYPE, "statement": json_of(statement)}
 
 
 def verify_statement(data: bytes, *, trust: Trust) -> tuple[Verified, Statement]:
@@ -59,14 +58,15 @@ def verify_statement(data: bytes, *, trust: Trust) -> tuple[Verified, Statement]
     if not isinstance(value, dict) or value.get("type") != STATEMENT_BUNDLE_TYPE or "statement" not in value:
         raise VerifyError("file", f"not a statement ({STATEMENT_BUNDLE_TYPE}); `trailmark statement export` writes one")
     proof = {name: part for name, part in value.items() if name != "statement"} | {"type": RECORD_BUNDLE_TYPE}
-    verified = verify_bytes(json.dumps(proof).encode(), trust=trust)
-    body = verified.facts["body"]
-    if verified.kind != "statement" or body is None:
-        raise VerifyError("record", f"the signed record is a {verified.kind}, or was erased; not a statement's")
     try:
         statement = statement_of_json(value["statement"])
     except (RecordError, StatementError) as error:
         raise VerifyError("statement", str(error)) from error
+    withheld = frozenset(leaf for line in statement.withheld for leaf in line.records)
+    verified = verify_bytes(json.dumps(proof).encode(), trust=trust, withheld=withheld)
+    body = verified.facts["body"]
+    if verified.kind != "statement" or body is None:
+        raise VerifyError("record", f"the signed record is a {verified.kind}, or was erased; not a statement's")
     checks = check_lines(statement, names=names_of_facts(verified.facts))
     if (statement.period_start_us, statement.period_end_us) != (body["period_start_us"], body["period_end_us"]):
         raise VerifyError("statement", "its period is not the signed record's")
@@ -95,7 +95,10 @@ def check_lines(statement: Statement, *, names: Names | None = None) -> list[str
         raise VerifyError("fees", f"{len(statement.requests)} lines, the fee table had {table.num_rows}")
     _check_once(statement)
     totals = statement.totals
+    withheld = {leaf for line in statement.withheld for leaf in line.records}
+    told = [f"withheld: nothing is paid for {len(withheld)} records signed with a revoked key"] if withheld else []
     return [
+        *told,
         f"lines: {len(statement.requests)} requests, {len(statement.payouts)} payouts computed again, all equal",
         f"sums: {totals.fees} in fees = {totals.platform} platform + {totals.base} base + {totals.adapter} adapter + "
         f"{totals.data} data + {totals.unattributed} unattributed; {totals.listed} listed and not paid",
@@ -122,6 +125,8 @@ def check_home(trail: "Trail", statement: Statement, find_copies: FindCopies, *,
     _same_lines("settlements", statement.settlements, [settled_of(item, findings.num_rows) for item in used])
     _same_lines("copies", statement.copies, findings.copies)
     _same_lines("clusters", statement.clusters, findings.clusters)
+    counted = [line for line in statement.withheld if line.num_rows]
+    _same_lines("withheld", counted, findings.withheld)
     return [
         f"receipts: {len(fees)} rows of the fee table, each as the log has it, none paid before",
         f"settlements: {len(used)} as recorded; {len(statement.clusters)} clusters found again among registered rows",

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from attribution.bodies import Digest, WorkflowRunBody
+from attribution.people import People
 from attribution.records import Artefact, Party, canonical_bytes, from_plain, to_plain
 from attribution.store import digest_of
+from attribution.void_records import void_record
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
@@ -160,12 +162,14 @@ def run_from_plain(value: object) -> Run:
 
 
 def find_result(trail: "Trail", runs: Sequence[Run], key: Key) -> StepRun | None:
-    """Return the newest step that a key stands for and whose outputs are all still in the store, or None."""
+    """Return the newest step that a key stands for, its outputs all in the store and its records counting, or None."""
     wanted = key.digest
     for step in _newest_first(runs):
         is_it = step.status in GOOD and step.key is not None and step.key.digest == wanted
         if is_it and all(trail.store.has(output.artefact.digest) for output in step.outputs):
-            return step
+            people = People(trail)
+            if all(void_record(people, trail.entry(leaf)) is None for leaf in step.records):
+                return step
     return None
 
 

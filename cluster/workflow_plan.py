@@ -153,7 +153,8 @@ class Planner:
         if differing:
             return "; ".join(differing)
         if last.status in GOOD:
-            return "what it made is gone from the store"
+            is_there = all(self.trail.store.has(output.artefact.digest) for output in last.outputs)
+            return f"what it made is {'signed with a revoked key' if is_there else 'gone from the store'}"
         return f"{last.status} last time" + (f": {last.reason}" if last.reason else "")
 
     def _differences(self, old: Key, new: Key) -> list[str]:

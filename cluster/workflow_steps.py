@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attribution.approvals import Request, Standing, standing
-from attribution.people import require_person
+from attribution.people import People, require_person
 from attribution.records import Artefact
 from attribution.store import digest_of
 from attribution.workflow_runs import Key
@@ -264,13 +264,17 @@ def _still_asked(trail: "Trail", task: Task) -> str:
 
 def _publish(trail: "Trail", task: Task) -> "Sequence[Entry]":
     """Publish the artefact, unless it is what the name's newest version means already."""
+    from attribution.void_records import require_counting, void_record
     from pipelines.publish import publish
 
     assert isinstance(task.step, PublishStep)
     artefact = task.input("artefact")
+    require_counting(trail, artefact.digest, to="publish")
     newest = [item for item in trail.registry.list() if item.name == task.label][-1:]
     if newest and newest[0].digest == artefact.digest:
-        return [trail.entry(newest[0].leaf_hash)]
+        entry = trail.entry(newest[0].leaf_hash)
+        if void_record(People(trail), entry) is None:
+            return [entry]
     return [publish(trail, task.label, artefact.digest, artefact.kind, workflow=task.definition)]
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from attribution.bodies import BaseModelBody
+from attribution.people import People
 from attribution.records import Artefact
 from attribution.store import write_atomically
 from attribution.trail import Entry, Trail
+from attribution.void_records import void_record
 from configs.errors import UserError
 from pipelines.gguf import convert_gguf
 
@@ -49,6 +51,7 @@ def resolve_base(trail: Trail, source: str, *, progress: Callable[[str], None] =
     """Return the base model of `source`, converting and recording it the first time.
 
     source: `smollm2`, a GGUF file, a Hugging Face folder, a hub name (`owner/name`: needs the network), or a digest.
+    A base whose record is signed with a revoked key is imported and recorded again.
     progress: called with one line before each long step.
     Raises UserError naming what is missing and how to get it.
     """
@@ -59,7 +62,7 @@ def resolve_base(trail: Trail, source: str, *, progress: Callable[[str], None] =
     if known := _cached(trail, cache):
         return _recorded(trail, known)
     digest, facts = _import(trail, source, origin, progress=progress)
-    if trail.find(digest) is None:
+    if not _counts(trail, digest):
         _record(trail, source, digest, facts)
     cache.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(cache, json.dumps({"source": source, "digest": digest}).encode())
@@ -85,17 +88,24 @@ def _cache_file(trail: Trail, origin: Path) -> Path:
 
 
 def _cached(trail: Trail, cache: Path) -> str | None:
-    """The digest that a cache file names, if base and record are still there."""
+    """The digest that a cache file names, if base and record are still there and the record counts."""
     if not cache.exists():
         return None
     digest: str = json.loads(cache.read_text())["digest"]
-    return digest if trail.store.has(digest) and trail.find(digest) else None
+    return digest if trail.store.has(digest) and _counts(trail, digest) else None
+
+
+def _counts(trail: Trail, digest: str) -> bool:
+    entry = trail.find(digest)
+    return entry is not None and void_record(People(trail), entry) is None
 
 
 def _recorded(trail: Trail, digest: str) -> BaseModel:
     entry = trail.find(digest)
     if entry is None or entry.record is None or not isinstance(entry.record.body, BaseModelBody):
         raise UserError(f"base: {digest} is not a base model of this trail; give `smollm2`, a folder or a GGUF file")
+    if void := void_record(People(trail), entry):
+        raise UserError(f"base: {void.told}")
     return BaseModel(entry.record.body.name, digest, trail.store.get_directory(digest), entry)
 
 

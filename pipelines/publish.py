@@ -27,14 +27,17 @@ def publish(
     Raises:
         PublishError: a bad name, an unknown digest, or one of another kind.
         StoreError: its files were altered.
+        VoidRecordError: a record it comes from, or an approval of it, is signed with a revoked key.
     """
     from attribution.bodies import PublicationBody
     from attribution.records import Artefact, Party
     from attribution.registry import RegistryError
     from attribution.trail import Draft
+    from attribution.void_records import require_counting
 
     require_name(name)
     _require_artefact(trail, digest, kind)
+    require_counting(trail, digest, to="publish")
     artefact = Artefact(kind, name, digest)
     signing, signatures = _signature(trail, digest, kind)
     while True:

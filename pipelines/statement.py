@@ -4,18 +4,19 @@ Whose a row is comes from the signed contribution that registered it, never from
 relabelling a refined dataset pays nobody.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
-from attribution.bodies import AdapterBody, KeyRotationBody
+from attribution.bodies import AdapterBody
+from attribution.people import first_keys
 from attribution.priority import NearDuplicates, Priority, RegisteredRow, prioritise
 from attribution.settlement import Settlement
-from attribution.statement import ClusterLine, Copies, Policy, StatementError
+from attribution.statement import ClusterLine, Copies, Policy, StatementError, Withheld
 from attribution.statement_make import CopyFindings
-from pipelines.refine.read import contributions, contributor_names, load_refined, verified_rows
+from pipelines.refine.read import Contribution, contributions, contributor_names, load_refined, verified_rows
 
 if TYPE_CHECKING:
     from attribution.trail import Trail
@@ -28,17 +29,22 @@ def find_copies(trail: "Trail", settlements: Sequence[Settlement], policy: Polic
     """Return row counts and copies of the players that are made of rows, over everything registered in this log."""
     if not settlements:
         return CopyFindings({})
-    rows = registered_rows(trail)
+    rows, void = registered_rows(trail), void_rows(trail)
+    known = {**void, **rows}
     priority = prioritise(list(rows.values()), near_duplicates(policy))
     num_rows: Counter[tuple[str, str, str]] = Counter()
     copies: Counter[tuple[str, str, str, str]] = Counter()
+    revoked: dict[tuple[str, str, str], list[RegisteredRow]] = defaultdict(list)
     for settlement in settlements:
-        learnt = learnt_rows(trail, settlement.adapter, rows)
+        learnt = learnt_rows(trail, settlement.adapter, known)
         for kind in DATA_KINDS:
             player_of = _players(trail, settlement, kind)
             for row in learnt if player_of is not None else ():
                 assert player_of is not None
                 player = player_of(row)
+                if row.row_id not in rows:
+                    revoked[settlement.adapter, kind, player].append(row)
+                    continue
                 num_rows[settlement.adapter, kind, player] += 1
                 if priority.owner[row.row_id] != row.contributor:
                     owner = player_of(rows[priority.first[row.row_id]])
@@ -46,7 +52,19 @@ def find_copies(trail: "Trail", settlements: Sequence[Settlement], policy: Polic
     lines = tuple(
         Copies(adapter, kind, player, owner, count) for (adapter, kind, player, owner), count in sorted(copies.items())
     )
-    return CopyFindings(num_rows, lines, shared_clusters(priority, rows))
+    return CopyFindings(num_rows, lines, shared_clusters(priority, rows), _withheld(trail, revoked))
+
+
+def _withheld(trail: "Trail", revoked: Mapping[tuple[str, str, str], Sequence[RegisteredRow]]) -> tuple[Withheld, ...]:
+    """A line for each player of whose rows some are signed with a revoked key."""
+    why = {item.origin.leaf_index: item.void.why for item in contributions(trail) if item.void is not None}
+    found = []
+    for (adapter, kind, player), rows in sorted(revoked.items()):
+        places = sorted({row.leaf_index for row in rows})
+        reason = "; ".join(dict.fromkeys(why[place] for place in places))
+        leaves = tuple(trail.entry(place).leaf_hash for place in places)
+        found.append(Withheld(adapter, kind, player, len(rows), leaves, reason))
+    return tuple(found)
 
 
 def near_duplicates(policy: Policy) -> NearDuplicates:
@@ -59,11 +77,18 @@ def registered_rows(trail: "Trail") -> dict[str, RegisteredRow]:
 
     What a revoked key registered is left out: it claims no priority and is no copy.
     """
+    return _rows(trail, [contribution for contribution in contributions(trail) if contribution.void is None])
+
+
+def void_rows(trail: "Trail") -> dict[str, RegisteredRow]:
+    """Return every row that a revoked key registered, by its id."""
+    return _rows(trail, [contribution for contribution in contributions(trail) if contribution.void is not None])
+
+
+def _rows(trail: "Trail", chosen: Sequence[Contribution]) -> dict[str, RegisteredRow]:
     first_key = first_keys(trail)
     rows: dict[str, RegisteredRow] = {}
-    for contribution in contributions(trail):
-        if contribution.problem:
-            continue
+    for contribution in chosen:
         origin = contribution.origin
         for row in pq.read_table(verified_rows(trail, contribution)).to_pylist():
             messages = tuple((message["role"], message["content"]) for message in row["messages"] or ())
@@ -71,16 +96,6 @@ def registered_rows(trail: "Trail") -> dict[str, RegisteredRow]:
             found = RegisteredRow(row["contribution_id"], whose, origin.leaf_index, row["line_number"], messages)
             rows.setdefault(found.row_id, found)  # equal lines of one file have one id
     return rows
-
-
-def first_keys(trail: "Trail") -> dict[str, str]:
-    """Return for each key of a contributor that took another's place the first of the chain."""
-    first: dict[str, str] = {}
-    for entry in trail.notices():
-        body = entry.record.body if entry.record is not None else None
-        if isinstance(body, KeyRotationBody) and body.role == "contributor":
-            first[body.key_id] = first.get(body.old_key_id, body.old_key_id)
-    return first
 
 
 def learnt_rows(trail: "Trail", adapter: str, rows: Mapping[str, RegisteredRow]) -> list[RegisteredRow]:

@@ -107,6 +107,7 @@ class _Bill:
             *_properties("log", {"checkpoint": log.checkpoint}),
             *leaves,
             *({"name": "trailmark:hole", "value": hole.sentence} for hole in self._dossier.holes),
+            *({"name": "trailmark:void", "value": sentence} for sentence in self._dossier.void.values()),
         ]
         tool = {"type": "application", "bom-ref": "trailmark", "name": "trailmark", "version": self._code_version()}
         return {
@@ -189,7 +190,7 @@ class _Bill:
         metrics = [metric for item in dossier.measurements for metric in _metrics(item)]
         if metrics:
             card["quantitativeAnalysis"] = {"performanceMetrics": metrics}
-        limits = [hole.sentence for hole in dossier.holes]
+        limits = list(dossier.limits)
         if not dossier.measurements:
             limits.append("No benchmark of this adapter is recorded in the log.")
         if dossier.base is not None and dossier.base.body is not None and dossier.base.body.note:
@@ -225,7 +226,7 @@ class _Bill:
         if refined.body is None:
             return component
         component["description"] = f"{refined.body.num_kept} of {refined.body.num_in} rows, refined by rules"
-        people = [self._people[part.key_id] for part in refined.body.per_contributor if part.num_kept]
+        people = [self._people[person] for person, num_kept in refined.kept.items() if num_kept]
         component["authors"] = [self._contact(person) for person in people]
         return component
 
@@ -279,13 +280,14 @@ class _Bill:
     def _citations(self, places: Mapping[str, str]) -> Iterator[Json]:
         for source in self._dossier.sources:
             if source.body is not None and source.key_id in self._people:
-                note = f"Handed in {source.body.num_rows} rows, signed with key {source.key_id}"
+                note = f"Handed in {source.body.num_rows} rows, signed with key {source.signed_with}"
                 yield _citation(places, source.entry, source.key_id, note)
         for refined in self._dossier.refined:
-            for part in () if refined.body is None else refined.body.per_contributor:
-                if part.num_kept:
-                    note = f"{part.num_kept} of the rows of {refined.name}, signed with key {part.key_id}"
-                    yield _citation(places, refined.entry, part.key_id, note)
+            for person, num_kept in refined.kept.items():
+                if num_kept:
+                    keys = " or ".join(self._people[person].keys)
+                    note = f"{num_kept} of the rows of {refined.name}, signed with key {keys}"
+                    yield _citation(places, refined.entry, person, note)
 
     def _workflow(self) -> Json:
         """How it was made: one task per record that made or measured something."""

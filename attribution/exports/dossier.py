@@ -4,7 +4,7 @@ Read from the log alone but for the adapter's own manifest and its run's setting
 give the same dossier on any machine that holds the adapter.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -27,9 +27,11 @@ from attribution.evidence import recorded_confidence
 from attribution.licences import LicenceError, canonical_licence
 from attribution.lineage import Lineage
 from attribution.log.note import open_checkpoint
+from attribution.people import People, first_keys
 from attribution.registry import RegistryError
 from attribution.store import MANIFEST, Manifest, StoreError
 from attribution.verify_adapter import PROOF_FILE, PROOF_SUFFIX
+from attribution.void_records import void_behind
 from configs.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,29 +83,32 @@ class Base:
 
 @dataclass(frozen=True)
 class Source:
-    """A contributed dataset; `body` and `key_id` None when its record was erased."""
+    """A contributed dataset; `body` and `key_id` (the person's, as in `Person`) None when its record was erased."""
 
     entry: "Entry"
     body: DatasetBody | None
     key_id: str | None
     name: str
     digest: str | None
+    signed_with: str = ""
 
 
 @dataclass(frozen=True)
 class Refined:
-    """A refined dataset; `body` None when its record was erased."""
+    """A refined dataset; `body` None when its record was erased. `kept`: rows by the person's key, where any are."""
 
     entry: "Entry"
     body: RefinementBody | None
     name: str
     digest: str | None
+    kept: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Person:
     """A contributor, with the rows they handed in and those kept in what the adapter learnt from.
 
+    One person, however often the key was rotated: `key_id` is the first, `keys` are all that signed here or joined.
     `name` is None when their record was erased. `num_given` counts the rows of the datasets whose records are there;
     `num_kept` is None when no refinement tells.
     """
@@ -113,6 +118,7 @@ class Person:
     entry: "Entry | None"
     num_given: int
     num_kept: int | None
+    keys: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -134,7 +140,8 @@ class Dossier:
     """One adapter and all it rests on.
 
     `entries` are the records it rests on, in log order; `proofs` file name -> leaf hash of the record whose bundle it
-    is, `proof_file_of` leaf hash of each entry -> the file that proves it.
+    is, `proof_file_of` leaf hash of each entry -> the file that proves it, `void` leaf hash of each that counts for
+    nothing -> why; `first_keys`: key of a contributor that took another's place -> the first of the chain.
     """
 
     digest: str
@@ -156,6 +163,13 @@ class Dossier:
     entries: "tuple[Entry, ...]"
     holes: tuple[Hole, ...]
     log: LogState
+    first_keys: Mapping[str, str]
+    void: Mapping[str, str]
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What a reader must be told: what was erased, and what counts for nothing."""
+        return (*(hole.sentence for hole in self.holes), *self.void.values())
 
     def inputs_of(self, record: "Record") -> "tuple[Artefact, ...]":
         """Return a record's inputs, each by the name under which it was made: contributions stand there without one."""
@@ -200,6 +214,7 @@ class Dossier:
             "published_as": self.reference if self.version else None,
             "leaves": [{"kind": entry.leaf.kind, "leaf_hash": entry.leaf_hash} for entry in self.entries],
             "holes": [hole.sentence for hole in self.holes],
+            **({"void": list(self.void.values())} if self.void else {}),
         }
 
 
@@ -248,8 +263,9 @@ def gather(trail: "Trail", reference: str) -> Dossier:
     measured = [item.leaf_hash for item in _benchmarks(trail, digest)]
     rests_on = [trail.entry(leaf) for leaf in lineage.closure([*own, *measured])]
     proofs, proof_file_of = _proofs(trail, lineage, [*own, *measured])
-    refined = tuple(_refined(item) for item in behind if item.leaf.kind == "refinement")
-    sources = tuple(_source(item) for item in behind if item.leaf.kind == "dataset")
+    first = first_keys(trail)
+    refined = tuple(_refined(item, first) for item in behind if item.leaf.kind == "refinement")
+    sources = tuple(_source(item, first) for item in behind if item.leaf.kind == "dataset")
     name, version = _name_of(publication, entry, digest)
     return Dossier(
         digest=digest,
@@ -273,6 +289,8 @@ def gather(trail: "Trail", reference: str) -> Dossier:
         entries=tuple(rests_on),
         holes=tuple(_holes(trail, rests_on)),
         log=log,
+        first_keys=first,
+        void={item.entry.leaf_hash: item.sentence for item in void_behind(trail, [*own, *measured], People(trail))},
     )
 
 
@@ -396,22 +414,27 @@ def _base(trail: "Trail", entry: "Entry") -> Base | None:
     return Base(digests[0], f"base model {digests[0][7:19]}", None, None) if digests else None
 
 
-def _refined(entry: "Entry") -> Refined:
+def _refined(entry: "Entry", first: Mapping[str, str]) -> Refined:
     if entry.record is None or not isinstance(entry.record.body, RefinementBody):
-        return Refined(entry, None, f"erased refinement {entry.leaf_hash[:12]}", None)
+        return Refined(entry, None, f"erased refinement {entry.leaf_hash[:12]}", None, {})
+    kept: dict[str, int] = {}
+    for part in entry.record.body.per_contributor:
+        person = first.get(part.key_id, part.key_id)
+        kept[person] = kept.get(person, 0) + part.num_kept
     digest = next((item.digest for item in entry.record.outputs if item.kind == "refined"), None)
-    return Refined(entry, entry.record.body, entry.record.body.name, digest)
+    return Refined(entry, entry.record.body, entry.record.body.name, digest, kept)
 
 
-def _source(entry: "Entry") -> Source:
+def _source(entry: "Entry", first: Mapping[str, str]) -> Source:
     if entry.record is None or not isinstance(entry.record.body, DatasetBody):
         return Source(entry, None, None, f"erased dataset {entry.leaf_hash[:12]}", None)
-    parties = [party.key_id for party in entry.record.contributors]
+    signer = next((party.key_id for party in entry.record.contributors), "")
     digest = next((item.digest for item in entry.record.outputs if item.kind == "dataset"), None)
-    return Source(entry, entry.record.body, parties[0] if parties else None, entry.record.body.name, digest)
+    person = first.get(signer, signer) or None
+    return Source(entry, entry.record.body, person, entry.record.body.name, digest, signer)
 
 
-def _people(behind: Iterable["Entry"], learnt: Iterable[Refined], sources: Iterable[Source]) -> Iterable[Person]:
+def _people(behind: Iterable["Entry"], learnt: Iterable[Refined], sources: Sequence[Source]) -> Iterable[Person]:
     """Everyone who handed in rows, most kept rows first; the rows kept are those of the refinements learnt from."""
     known: dict[str, Entry] = {}
     for entry in behind:
@@ -423,15 +446,17 @@ def _people(behind: Iterable["Entry"], learnt: Iterable[Refined], sources: Itera
         if source.body is not None and source.key_id is not None:
             given[source.key_id] = given.get(source.key_id, 0) + source.body.num_rows
     for refined in learnt:
-        for part in () if refined.body is None else refined.body.per_contributor:
-            kept[part.key_id] = kept.get(part.key_id, 0) + part.num_kept
+        for person, num_kept in refined.kept.items():
+            kept[person] = kept.get(person, 0) + num_kept
+    signed = {source.signed_with: source.key_id for source in sources if source.key_id}
     found = []
     for key_id in {**given, **kept, **known}:
         introduced = known.get(key_id)
         name = (
             None if introduced is None or introduced.record is None else getattr(introduced.record.body, "name", None)
         )
-        found.append(Person(key_id, name, introduced, given.get(key_id, 0), kept.get(key_id)))
+        keys = dict.fromkeys([key_id, *(key for key, person in signed.items() if person == key_id)])
+        found.append(Person(key_id, name, introduced, given.get(key_id, 0), kept.get(key_id), tuple(keys)))
     return sorted(found, key=lambda item: (-(item.num_kept or 0), -item.num_given, item.label))
 
 

@@ -116,10 +116,10 @@ def _about(dossier: Dossier) -> str:
 
 
 def _missing(dossier: Dossier) -> list[str]:
-    if not dossier.holes:
-        return []
     holes = "\n".join(f"- {text(hole.sentence)}" for hole in dossier.holes)
-    return [f"## What is missing\n\n{holes}"]
+    void = "\n".join(f"- {text(sentence)}" for sentence in dossier.void.values())
+    sections = (("What is missing", holes), ("What counts for nothing", void))
+    return [f"## {title}\n\n{lines}" for title, lines in sections if lines]
 
 
 def _contributors(dossier: Dossier) -> str:

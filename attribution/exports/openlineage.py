@@ -118,6 +118,8 @@ class _Events:
             "proof": self.dossier.proof_file_of[entry.leaf_hash],
             "erased": record is None,
         }
+        if void := self.dossier.void.get(entry.leaf_hash):
+            facts["void"] = void
         facets = {}
         if record is not None:
             facts |= {"commit": record.code.commit, "localChanges": record.code.dirty}
@@ -181,8 +183,8 @@ class _Events:
             if source.digest == item.digest and source.body is not None and source.key_id is not None:
                 counts[source.key_id] = source.body.num_rows
         for refined in self.dossier.refined:
-            if refined.digest == item.digest and refined.body is not None:
-                counts.update({part.key_id: part.num_kept for part in refined.body.per_contributor if part.num_kept})
+            if refined.digest == item.digest:
+                counts.update({person: num_kept for person, num_kept in refined.kept.items() if num_kept})
         if item.digest == self.dossier.digest:
             counts.update({person.key_id: person.num_kept for person in self.dossier.people if person.num_kept})
         return [{"keyId": key, "name": names.get(key, key), "numRows": number} for key, number in counts.items()]

@@ -69,6 +69,7 @@ class _Document:
             "trailmark:checkpoint": state["checkpoint"],
             "trailmark:leaf_hash": [leaf["leaf_hash"] for leaf in state["leaves"]],
             **({"trailmark:hole": state["holes"]} if state["holes"] else {}),
+            **({"trailmark:void": state["void"]} if "void" in state else {}),
         }
 
     @property
@@ -135,10 +136,11 @@ class _Document:
         }
         self._relate("wasAssociatedWith", activity=act, agent=software)
         for party in record.contributors:
-            agent = self._agent(party.key_id, "prov:Agent", f"key {party.key_id[:12]}")
+            key_id = self._dossier.first_keys.get(party.key_id, party.key_id)
+            agent = self._agent(key_id, "prov:Agent", f"key {key_id[:12]}")
             role = {"prov:role": party.role}
             self._relate("wasAssociatedWith", activity=act, agent=agent, extra=role)
-            if party.key_id not in {person.key_id for person in self._dossier.people}:
+            if key_id not in {person.key_id for person in self._dossier.people}:
                 self._relate("actedOnBehalfOf", delegate=software, responsible=agent, activity=act)
 
     def _credit(self) -> None:
@@ -147,12 +149,12 @@ class _Document:
             if source.body is not None and source.key_id is not None and source.digest is not None:
                 self._attribute("dataset", source.name, source.digest, source.key_id, source.body.num_rows)
         for refined in self._dossier.refined:
-            for part in () if refined.body is None else refined.body.per_contributor:
-                if part.num_kept and refined.digest is not None:
-                    self._attribute("refined", refined.name, refined.digest, part.key_id, part.num_kept)
-        for person in self._dossier.people:
-            if person.num_kept:
-                self._attribute("adapter", self._dossier.name, self._dossier.digest, person.key_id, person.num_kept)
+            for person, num_kept in refined.kept.items():
+                if num_kept and refined.digest is not None:
+                    self._attribute("refined", refined.name, refined.digest, person, num_kept)
+        for one in self._dossier.people:
+            if one.num_kept:
+                self._attribute("adapter", self._dossier.name, self._dossier.digest, one.key_id, one.num_kept)
         adapter = self._entity("adapter", self._dossier.name, self._dossier.digest)
         if self._dossier.version:
             self._sections["entity"][adapter]["trailmark:published_as"] = self._dossier.reference

@@ -83,7 +83,9 @@ def _materials(dossier: Dossier) -> list[Json]:
     for source in dossier.sources:
         notes = {} if source.body is None else {"licence": source.body.licence, "num_rows": source.body.num_rows}
         if source.key_id is not None:
-            notes |= {"contributor": names.get(source.key_id, source.key_id), "key_id": source.key_id}
+            notes |= {"contributor": names.get(source.key_id, source.key_id), "key_id": source.signed_with}
+        if void := dossier.void.get(source.entry.leaf_hash):
+            notes |= {"void": void}
         found.append(_material(source.name, "dataset", source.digest, source.entry, notes))
     return found
 

@@ -6,10 +6,12 @@
 
 A key is known because the reader trusts it, because its contributor's own record brought it, or because a rotation
 passed the trust on: signed with the new key, and with the old one or the operator's. What passed it on under a revoked
-key passed on the revocation with it: whoever had the key may have made that rotation.
+key passed on the revocation with it: whoever had the key may have made that rotation. Such a record is void, no
+fault of the log: it brings a key, and what that key signed from the revocation on is the fault. So is a contributor's
+own record from a time that the revocation reaches.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -60,8 +62,8 @@ class LogKey:
         return key_id_of(self.key.public_bytes)
 
 
-class VoidRotation(VerifyError):
-    """A rotation for which a revoked key vouched: taken on, but its new key is as revoked as the old."""
+class VoidKeyRecord(VerifyError):
+    """A record that a revoked key signed to bring a key: taken on, but the key it brings is as revoked."""
 
 
 class KeyHistory:
@@ -109,13 +111,14 @@ class KeyHistory:
         """
         body = record.body
         if isinstance(body, KeyRevocationBody) or (isinstance(body, KeyRotationBody) and body.role != "contributor"):
-            with suppress(VoidRotation):  # what the new key signed is refused at its place
+            with suppress(VoidKeyRecord):  # what the new key signed is refused at its place
                 self.check(index, record, envelope, record.kind.replace("_", " "))
 
     def check(self, index: int, record: Record, envelope: bytes, what: str) -> tuple[str, ...]:
         """Return the key ids that signed record `index`, all known and good at its time; then learn from it.
 
         Raises:
+            VoidKeyRecord: the record brings a key, and a revoked one signed it.
             VerifyError: a signature that does not hold, an unknown key, one that was rotated out or revoked.
         """
         if isinstance(record.body, KeyRotationBody):
@@ -132,8 +135,13 @@ class KeyHistory:
                 raise VerifyError("contributor key", f"{what}: not signed with the key it introduces")
             own_key = KnownKey(record.body.key_id, own, "contributor", record.body.name)
             self.keys.setdefault(record.body.key_id, own_key)
-        for key_id in signers:
-            self._use(index, record.time_us, key_id, what)
+        try:
+            for key_id in signers:
+                self._use(index, record.time_us, key_id, what)
+        except VerifyError as error:
+            if error.check == "revoked key" and isinstance(record.body, ContributorBody):
+                raise VoidKeyRecord(error.check, error.reason) from error
+            raise
         if isinstance(record.body, KeyRevocationBody):
             self.revoke(record.body.key_id, Revocation(record.body.from_us, record.body.reason))
         return signers
@@ -154,8 +162,16 @@ class KeyHistory:
 
     def require_unrevoked(self) -> None:
         """Raise VerifyError when a record checked so far was signed at or after its key's revocation."""
-        for _, time_us, key_id, what in self.uses:
-            self._require_unrevoked(key_id, time_us, what)
+        for _, error in self.revoked_uses():
+            raise error
+
+    def revoked_uses(self) -> Iterator[tuple[int, VerifyError]]:
+        """Yield the index of each record checked so far whose key was revoked at its time, with what is wrong."""
+        for index, time_us, key_id, what in self.uses:
+            try:
+                self._require_unrevoked(key_id, time_us, what)
+            except VerifyError as error:
+                yield index, error
 
     def require_unrevoked_by(self, other: "KeyHistory") -> None:
         """As `require_unrevoked`, of what another file's records revoke."""
@@ -218,7 +234,7 @@ class KeyHistory:
             for key_id in used:
                 self._use(index, record.time_us, key_id, what)
         except VerifyError as error:
-            raise VoidRotation(error.check, error.reason) from error
+            raise VoidKeyRecord(error.check, error.reason) from error
         return signers
 
     def _is_known(self, body: KeyRotationBody) -> bool:

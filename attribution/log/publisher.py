@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ POLICY_FILE, STATE_FILE = "policy", "witnesses.json"
 WITNESSES = "witnesses"
 """The folder below a home where the witnesses lie that it runs itself."""
 RETRY_S, MAX_RETRY_S = 1.0, 30.0
+ROUND_S = 15.0  # after which a round goes on without a witness that is still answering
 BATCH = 65_536
 """Leaves read from the log at once."""
 RoundReport = Callable[[str], None]
@@ -90,6 +91,7 @@ class Publisher:
         self._clients: list[WitnessClient] = []
         self._retry_at: dict[str, float] = {}
         self._failures: dict[str, int] = {}
+        self._asked: dict[str, Future[str]] = {}  # by URL; one that is not done is asked nothing more
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -201,13 +203,17 @@ class Publisher:
                 missing.append(client)
             else:
                 client.know(self._log.size, max(time_s for time_s in times if time_s is not None))
+        missing = [client for client in missing if client.url not in self._asked or self._asked[client.url].done()]
         due = [client for client in missing if ask_all or self._retry_at.get(client.url, 0.0) <= time.monotonic()]
         if not due:
             return note
-        with ThreadPoolExecutor(len(due)) as pool:
-            lines = pool.map(lambda client: client.cosign(note, self._consistency, log_key=self._log.key), due)
-            added = "".join(lines)
         for client in due:
+            self._asked[client.url] = _begun(client.cosign, note, self._consistency, log_key=self._log.key)
+        wait([self._asked[client.url] for client in due], timeout=ROUND_S)
+        added = "".join(future.result() for client in due if (future := self._asked[client.url]).done())
+        for client in due:
+            if not self._asked[client.url].done():
+                client.error = f"did not finish its answer within {ROUND_S:.0f} s"
             self._note_outcome(client)
         return _with_signatures(note, f"{split_note(note)[0]}\n{added}") if added else note
 
@@ -294,6 +300,20 @@ def policy_of(witnesses: Sequence[tuple[str, str, Sequence[object]]], log: NoteK
         return "\n".join([*lines, "quorum none"]) + "\n"
     names = " ".join(name for name, _, _ in witnesses)
     return "\n".join([*lines, f"group witnesses {quorum} {names}", "quorum witnesses"]) + "\n"
+
+
+def _begun(ask: Callable[..., str], *args: object, **options: object) -> "Future[str]":
+    """Ask in a thread that nobody has to wait for: a witness may trickle its answer for as long as it likes."""
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(ask(*args, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _with_signatures(note: str, other: str) -> str:

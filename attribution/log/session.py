@@ -6,7 +6,7 @@ from typing import Any
 
 from attribution.bodies import NOTICE_KINDS
 from attribution.log.facts import utc
-from attribution.log.key_history import KeyHistory, LogKey, VoidRotation
+from attribution.log.key_history import KeyHistory, LogKey, VoidKeyRecord
 from attribution.log.merkle import MerkleError, hash_leaf
 from attribution.log.note import Checkpoint, NoteError
 from attribution.log.policy import Cosigned, PolicyError
@@ -52,6 +52,7 @@ class Session:
     checkpoint: Checkpoint | None = None
     cosigned: Cosigned | None = None
     log_key: LogKey = None  # type: ignore[assignment]  # set with the checkpoint
+    withheld: frozenset[str] = frozenset()  # datasets in the lineage that may be signed with a revoked key
 
     def learn_keys(self, notices: Any) -> None:
         """Read what the file's notices say of the log's and the operator's keys; they are proven like the rest."""
@@ -152,12 +153,18 @@ class Session:
             assert proved.record is not None
             try:
                 signers[proved.leaf_hash] = self.history.check(proved.index, proved.record, envelope, what)
-            except VoidRotation:
-                if proved.leaf_hash not in notices:
+            except VerifyError as error:
+                if not self._leaves_the_rest(proved, error, is_notice=proved.leaf_hash in notices, what=what):
                     raise
         self.history.require_unrevoked()
         self.trust.require_agreement(item for item in self.notices if item.leaf_hash in signers)  # none that is void
         return [replace(item, signers=signers.get(item.leaf_hash, ())) for item in records]
+
+    def _leaves_the_rest(self, proved: ProvedRecord, error: VerifyError, *, is_notice: bool, what: str) -> bool:
+        """Whether a record that counts for nothing leaves the rest standing: it brings a key, or is not leant on."""
+        if isinstance(error, VoidKeyRecord):
+            return is_notice or (proved.leaf.kind == "contributor" and what != "record")
+        return error.check == "revoked key" and proved.leaf.kind == "dataset" and proved.leaf_hash in self.withheld
 
     def prove_lineage(self, values: Any) -> list[ProvedRecord]:
         """Check a list of record proofs, oldest first."""

@@ -46,10 +46,16 @@ def verify_file(path: Path, *, trust: Trust, ancestry: Path | None = None) -> Ve
     return verify_bytes(_read(path), trust=trust, ancestry=None if ancestry is None else _read(ancestry))
 
 
-def verify_bytes(data: bytes, *, trust: Trust, ancestry: bytes | None = None) -> Verified:
-    """Verify the bytes of a receipt, an ancestry, a record bundle or a single record proof (JSON, any layout)."""
+def verify_bytes(
+    data: bytes, *, trust: Trust, ancestry: bytes | None = None, withheld: frozenset[str] = frozenset()
+) -> Verified:
+    """Verify the bytes of a receipt, an ancestry, a record bundle or a single record proof (JSON, any layout).
+
+    `withheld`: leaf hashes of datasets in the lineage that may be signed with a revoked key, for the caller says itself
+    that nothing rests on them.
+    """
     value = _parse(data, "file")
-    session = Session(trust, trust.history())
+    session = Session(trust, trust.history(), withheld=withheld)
     if ancestry is not None and value.get("type") != RECEIPT_FILE_TYPE:
         raise VerifyError("ancestry", f"goes with a receipt of type {RECEIPT_FILE_TYPE}, not with this file")
     if set(value) == RECORD_PROOF_FIELDS:

@@ -3,6 +3,7 @@
 Source: c2sp.org/tlog-witness.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,11 +23,20 @@ from attribution.log.note import (
 )
 from attribution.log.witness import SIZE_TYPE, format_request, hash_of_origin
 
-TIMEOUT_S = 5.0
-MAX_ANSWER_BYTES = 1 << 20
+TIMEOUT_S = 5.0  # for the beginning of an answer, and again for the rest of it
+MAX_ANSWER_BYTES = 1 << 16  # a cosignature by ML-DSA-44 takes 3.4 kB
 
 Consistency = Callable[[int, int], Sequence[bytes]]
 """(old size, new size) -> the consistency path of this log's tree."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer as far as it is looked at."""
+
+    status_code: int
+    content_type: str
+    text: str
 
 
 @dataclass
@@ -63,20 +73,38 @@ class WitnessClient:
             self.error = str(error)
         return ""
 
+    def _fetch(self, method: str, path: str, data: bytes | None = None) -> Reply:
+        """Ask and read the answer, however much and however slowly the witness would go on.
+
+        Raises:
+            NoteError: more than MAX_ANSWER_BYTES.
+            requests.RequestException: no answer, or not all of it in time.
+        """
+        with self._session.request(method, f"{self.url}/{path}", data=data, timeout=TIMEOUT_S, stream=True) as answer:
+            deadline, body = time.monotonic() + TIMEOUT_S, bytearray()
+            for byte in answer.iter_content(1):  # a longer read would wait for all of it, byte by byte
+                body += byte
+                if len(body) > MAX_ANSWER_BYTES:
+                    raise NoteError(f"answered with more than {MAX_ANSWER_BYTES >> 10} KiB")
+                if time.monotonic() > deadline:
+                    raise requests.Timeout
+            kind = answer.headers.get("Content-Type", "")
+            return Reply(answer.status_code, kind, body.decode("utf-8", "replace"))
+
     def know(self, size: int, cosigned_s: int) -> None:
         """Take in that it cosigned a checkpoint of this size, at a time in seconds since 1970."""
         self.size, self.cosigned_s = size, cosigned_s
 
-    def _ask(self, note: str, checkpoint: Checkpoint, consistency: Consistency) -> requests.Response:
+    def _ask(self, note: str, checkpoint: Checkpoint, consistency: Consistency) -> Reply:
         old = min(self.size, checkpoint.size)
         path = consistency(old, checkpoint.size) if 0 < old < checkpoint.size else []
         body = format_request(old, path, note)
-        return self._session.post(f"{self.url}/add-checkpoint", data=body, timeout=TIMEOUT_S)
+        return self._fetch("POST", "add-checkpoint", body)
 
-    def _is_behind(self, answer: requests.Response, checkpoint: Checkpoint, log_key: NoteKey) -> bool:
+    def _is_behind(self, answer: Reply, checkpoint: Checkpoint, log_key: NoteKey) -> bool:
         """Whether the witness named a size to prove from; a size beyond ours raises the alarm."""
         body = answer.text
-        if answer.headers.get("Content-Type") != SIZE_TYPE or not body.endswith("\n") or not is_decimal(body[:-1]):
+        if answer.content_type != SIZE_TYPE or not body.endswith("\n") or not is_decimal(body[:-1]):
             return False
         self.size = int(body)
         if self.size > checkpoint.size:
@@ -86,16 +114,16 @@ class WitnessClient:
             return False
         return True
 
-    def _take(self, answer: requests.Response, note: str, checkpoint: Checkpoint) -> str:
+    def _take(self, answer: Reply, note: str, checkpoint: Checkpoint) -> str:
         if answer.status_code == 200:
-            lines = self._own_lines(note, answer.content[:MAX_ANSWER_BYTES].decode("utf-8", "replace"))
+            lines = self._own_lines(note, answer.text)
             if lines:
                 self.size, self.error, self.alarm = checkpoint.size, "", ""
                 return lines
             self.error = "answered without a cosignature by its key"
             return ""
         self.error = f"{answer.status_code}: {answer.text.strip()[:200]}"
-        if answer.status_code == 422 or (answer.status_code == 409 and answer.headers.get("Content-Type") != SIZE_TYPE):
+        if answer.status_code == 422 or (answer.status_code == 409 and answer.content_type != SIZE_TYPE):
             self.alarm = f"forked: it refused {checkpoint.size} leaves ({answer.text.strip()[:200]})"
         return ""
 
@@ -109,7 +137,7 @@ class WitnessClient:
 
     def _shown(self, origin: str, log_key: NoteKey) -> Checkpoint | None:
         """The checkpoint that the witness serves to monitors, when this log's key did sign it."""
-        answer = self._session.get(f"{self.url}/{hash_of_origin(origin)}/checkpoint", timeout=TIMEOUT_S)
+        answer = self._fetch("GET", f"{hash_of_origin(origin)}/checkpoint")
         try:
             return open_checkpoint(answer.text, log_key) if answer.status_code == 200 else None
         except NoteError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from attribution.log.facts import utc
 from attribution.statement import NO_ADAPTER, PayoutLine, PoolLine, Statement
-from attribution.statement_names import Names, name_of
+from attribution.statement_names import Names, name_of, withheld_from
 
 _FOLDER = Path(__file__).parent
 MAX_LISTED = 200
@@ -80,6 +80,7 @@ def statement_html(statement: Statement, names: Names, *, leaf_hash: str, index:
         listed=listed[:MAX_LISTED],
         num_listed=len(listed),
         problems=_problems(statement),
+        withheld=[(withheld_from(item, names), item.reason) for item in statement.withheld],
         alone=next((pool for pool in statement.pools if pool.adapter == NO_ADAPTER), None),
         payers=_payers(statement),
     )

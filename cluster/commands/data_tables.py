@@ -11,6 +11,7 @@ from rich.text import Text
 
 from attribution.bodies import ContributorBody, ContributorRows, DatasetBody, Dropped, RefinementBody
 from attribution.erasure import remaining
+from attribution.people import People, first_keys
 from attribution.trail import Entry, Trail
 from configs.errors import UserError
 from pipelines.refine.read import contributor_names, load_refined
@@ -43,17 +44,20 @@ class RowBar:
 
 
 def contributors_table(trail: Trail) -> Table:
-    """Return name, key, datasets and rows of every contributor."""
+    """Return name, key in use, datasets and rows of every contributor, those under earlier keys included."""
     table = _table("Contributors", ("name", "key", "datasets", "rows"), right=("datasets", "rows"))
     handed_in: dict[str, list[int]] = {}
+    people, first = People(trail).by_name, first_keys(trail)
     for entry in trail.entries(kind="dataset"):
         if entry.record is not None and isinstance(entry.record.body, DatasetBody):
-            handed_in.setdefault(_contributor(entry), []).append(entry.record.body.num_rows)
+            person = first.get(_contributor(entry), _contributor(entry))
+            handed_in.setdefault(person, []).append(entry.record.body.num_rows)
     for entry in trail.entries(kind="contributor"):
         if entry.record is not None and isinstance(entry.record.body, ContributorBody):
             body = entry.record.body
             rows = handed_in.get(body.key_id, [])
-            table.add_row(Text(body.name), body.key_id[:SHORT_DIGITS], str(len(rows)), str(sum(rows)))
+            key_id = people[body.name].key_id if body.name in people else body.key_id
+            table.add_row(Text(body.name), key_id[:SHORT_DIGITS], str(len(rows)), str(sum(rows)))
     return table
 
 
@@ -82,7 +86,7 @@ def refinement_tables(
 def datasets_table(trail: Trail) -> Table:
     """Return every contributed and refined dataset, oldest first."""
     table = _table("Datasets", ("name", "kind", "rows", "contributor", "licence", "digest", "record"), right=("rows",))
-    names = contributor_names(trail)
+    names, first = contributor_names(trail), first_keys(trail)
     for entry in _dataset_entries(trail):
         assert entry.record is not None
         body, digest = entry.record.body, entry.record.outputs[0].digest
@@ -91,7 +95,9 @@ def datasets_table(trail: Trail) -> Table:
             who = names.get(_contributor(entry), "?")
             table.add_row(Text(body.name), "contributed", str(body.num_rows), Text(who), body.licence, *tail)
         elif isinstance(body, RefinementBody):
-            who = f"{sum(rows.num_kept > 0 for rows in body.per_contributor)} of {len(body.per_contributor)}"
+            people = {first.get(rows.key_id, rows.key_id): False for rows in body.per_contributor}
+            people |= {first.get(rows.key_id, rows.key_id): True for rows in body.per_contributor if rows.num_kept}
+            who = f"{sum(people.values())} of {len(people)}"
             table.add_row(Text(body.name), "refined", str(body.num_kept), who, "", *tail)
     return table
 

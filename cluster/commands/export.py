@@ -39,6 +39,8 @@ def export(
     dossier = gather(trail, adapter)
     for hole in dossier.holes:
         typer.secho(f"missing: {hole.sentence}", fg=typer.colors.YELLOW, err=True)
+    for sentence in dossier.void.values():
+        typer.secho(f"void: {sentence}", fg=typer.colors.YELLOW, err=True)
     if form == ALL:
         folder = out or Path(re.sub(r"[^\w.-]+", "-", dossier.reference).strip("-"))
         written = export_folder(trail, dossier, folder, weights=weights)

@@ -135,6 +135,8 @@ def _print(report: "Report", *, as_json: bool) -> None:
     for view, told in report.views.items():
         mark = "ok" if told.startswith("equals") else "??" if told.startswith("not") else "--"
         typer.echo(f"  {mark}  view {view:<9} {told}")
+    for item in report.void[:NUM_SHOWN]:
+        typer.echo(f"  void  entry {item.index}, {item.check.replace('_', ' ')}: {item.detail}; it counts for nothing")
     for item in report.violations[:NUM_SHOWN]:
         place = "log" if item.index is None else f"entry {item.index}"
         typer.secho(f"  {item.check}: {place}: {item.detail}", fg="red", err=True)

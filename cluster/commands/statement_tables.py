@@ -7,7 +7,7 @@ from rich.table import Table
 
 from attribution.log.facts import utc
 from attribution.statement import COMPARABLE, Statement
-from attribution.statement_names import Names, name_of
+from attribution.statement_names import Names, name_of, withheld_from
 
 MICRO = 1_000_000
 
@@ -28,6 +28,8 @@ def print_statement(statement: Statement, names: Names, *, leaf_hash: str) -> No
         if pool.reason:
             name = pool.adapter[:19] or "the base alone"
             console.print(f"{name}: {pool.unattributed:,} unattributed, {pool.reason}", highlight=False)
+    for item in statement.withheld:
+        console.print(f"withheld from {withheld_from(item, names)}: {item.reason}", style="yellow", highlight=False)
     problems = Counter(line.problem for line in statement.requests if line.problem)
     for problem, count in sorted(problems.items()):
         console.print(f"listed, not paid: {count} rows, {problem}", style="yellow", highlight=False)

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 
 from attribution.bodies import ContributorBody, DatasetBody
 from attribution.erasure import maker_of, remaining, rewrites
-from attribution.log.facts import utc
 from attribution.log.proved import VerifyError
 from attribution.people import People
 from attribution.trust_file import OPERATOR
+from attribution.void_records import CHECKS, VoidRecord, void_of
 from configs.errors import UserError
 from pipelines.refine.annotate import Origin
 from pipelines.refine.table import CONTRIBUTED, DECISIONS_FILE, ROWS_FILE
@@ -35,14 +35,19 @@ class DatasetError(UserError):
 class Contribution:
     """One registered contribution; `rows` is the digest of its rows.parquet.
 
-    `problem`: why its signature does not count any more, '' where it does.
+    `void`: why its signature does not count any more, None where it does.
     """
 
     name: str
     rows: str
     num_rows: int
     origin: Origin
-    problem: str = ""
+    void: VoidRecord | None = None
+
+    @property
+    def problem(self) -> str:
+        """Whose signature does not count, why, and what to do; '' where it does."""
+        return "" if self.void is None else self.void.told
 
 
 @dataclass(frozen=True)
@@ -195,13 +200,13 @@ def _contribution(trail: "Trail", entry: "Entry", people: People) -> Contributio
     body = _dataset_body(entry)
     contributor = next((party.key_id for party in entry.record.contributors if party.role == "contributor"), "")
     known = people.history.keys.get(contributor)
-    is_theirs, problem = False, ""
+    is_theirs, void = False, None
     try:
         is_theirs = contributor in people.signers_of(entry) and known is not None and known.role == "contributor"
     except VerifyError as error:
-        if error.check in ("revoked key", "rotated key"):
-            problem = _problem(entry, contributor, error, people)
-    if not is_theirs and not problem:
+        if error.check in CHECKS:
+            void = void_of(people, entry, error)
+    if not is_theirs and void is None:
         raise DatasetError(
             f"dataset {body.name!r} ({entry.leaf_hash[:12]}): not signed by its contributor "
             f"{contributor[:12] or '(none named)'}; hand it in again with `trailmark contribute FILE --as NAME`"
@@ -209,21 +214,4 @@ def _contribution(trail: "Trail", entry: "Entry", people: People) -> Contributio
     origin = Origin(contributor, body.licence, entry.leaf_hash, entry.index)
     left = {rewrite.after: rewrite.num_rows for rewrite in rewrites(trail)}
     rows = remaining(trail, body.rows)
-    return Contribution(body.name, rows, left.get(rows, body.num_rows), origin, problem)
-
-
-def _problem(entry: "Entry", key_id: str, error: VerifyError, people: People) -> str:
-    """Say whose contribution does not count, why, and what to do."""
-    name = people.names.get(key_id, key_id[:12])
-    revoked = people.history.revocation_of(key_id)
-    why = error.reason
-    if revoked is not None and error.check == "revoked key":
-        why = f"signed with key {key_id[:16]}, revoked from {utc(revoked.from_us)} on ({revoked.reason})"
-    current = people.by_name.get(name)
-    needs_key = current is not None and people.history.revocation_of(current.key_id) is not None
-    new_key = f"give {name} a new key with `trailmark key rotate {name!r} --lost`, " if needs_key else ""
-    return (
-        f"dataset {_dataset_body(entry).name!r} ({entry.leaf_hash[:12]}) of {name}: {why}, so whose rows it holds is "
-        f"unknown; {new_key}hand them in again with `trailmark contribute FILE --as {name!r}`, and take these out with "
-        f"`trailmark erase {entry.leaf_hash[:12]} --reason WHY` or name only others with --dataset"
-    )
+    return Contribution(body.name, rows, left.get(rows, body.num_rows), origin, void)

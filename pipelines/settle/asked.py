@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attribution.credit import Search, require_measurable
+from attribution.void_records import require_counting
 from configs.schema import SettleSettings
 from pipelines.benchmark.suites import read_suite
 from pipelines.settle.game import Game
@@ -45,6 +46,7 @@ def asked(
 
     Raises:
         SettleError: what the adapter was made from is gone, or does not part into players in this way.
+        VoidRecordError: an adapter comes from, or was approved by, a record that is signed with a revoked key.
         SuiteError, BenchmarkError: a bad suite, no such adapter.
         CreditError: a budget or suite too small to say anything.
     """
@@ -53,6 +55,8 @@ def asked(
         raise SettleError(f"--with: only --over adapters takes further adapters, not --over {over}")
     items = read_suite(suite)
     subject = subject_of(trail, adapter)
+    for digest in (subject.adapter.digest, *others):
+        require_counting(trail, digest, to="settle")
     game = switch.build(trail, subject, others)
     search = Search.of(settings)
     require_measurable(len(game.players), search, num_items=len(items))

@@ -61,8 +61,8 @@ def tell_versions(trail: Trail) -> Versions:
     story.entries["prompt"] = trail.record(
         "prompt", PromptBody("greeting", digest_of("t")), outputs=[Artefact("prompt", "greeting", digest_of("t"))]
     )
-    _version(story, 1, {"mira": story.rows["mira"]}, rank=8, right=2)
-    _version(story, 2, {"mira": story.rows["mira"][1:], "otto": story.rows["otto"]}, rank=16, right=10)
+    add_version(story, 1, {"mira": story.rows["mira"]}, rank=8, right=2)
+    add_version(story, 2, {"mira": story.rows["mira"][1:], "otto": story.rows["otto"]}, rank=16, right=10)
     _answer(story, "both", ["adapter1", "adapter2", None])
     _answer(story, "second", ["adapter2", "adapter2"])
     receipt = story.receipts["second"][0]
@@ -91,7 +91,7 @@ def _contribute(story: Versions, name: str, num_rows: int) -> None:
     )
 
 
-def _version(story: Versions, version: int, kept: dict[str, Sequence[str]], *, rank: int, right: int) -> None:
+def add_version(story: Versions, version: int, kept: dict[str, Sequence[str]], *, rank: int, right: int) -> None:
     trail = story.trail
     settings = Settings()
     changed = settings.model_copy(update={"train": settings.train.model_copy(update={"rank": rank})})

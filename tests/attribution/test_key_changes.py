@@ -298,6 +298,19 @@ def test_a_key_that_a_revoked_one_vouched_for_is_revoked_with_it(story: Story) -
     assert verify(record_bundle(trail, give_rows(trail, "Amara").leaf_hash), trust).checks
 
 
+def test_who_was_revoked_from_before_joining_goes_on_under_a_new_key(story: Story) -> None:
+    trail, trust = story.trail, trust_of(story.trail)
+    revoke(trail, "Amara", reason="stolen", from_us=1)
+    rotate(trail, "Amara", lost=True)
+    given = give_rows(trail, "Amara")
+    for reader in (trust, trust_of(trail)):
+        assert verify(record_bundle(trail, given.leaf_hash), reader).facts["signed_by"] == [
+            trail.keys.get("Amara").key_id
+        ]
+        for entry in (story.contributors[0], story.datasets[0]):
+            assert check_of(record_bundle(trail, entry.leaf_hash), reader) == "revoked key"
+
+
 @pytest.mark.parametrize(("lost", "num_reached"), [(False, 2), (True, 1)])
 def test_one_key_takes_along_only_what_it_vouched_for(story: Story, lost: bool, num_reached: int) -> None:
     trail, trust, stolen_us = story.trail, trust_of(story.trail), now_us()

@@ -2,10 +2,11 @@
 
 import pytest
 
+from attribution.key_changes import rotate
 from attribution.lineage_diff import Change, diff
 from attribution.lineage_layout import LineageError
 from attribution.trail import Trail
-from tests.attribution.lineage_story import Versions, erase, tell_versions
+from tests.attribution.lineage_story import Versions, add_version, erase, tell_versions
 
 
 @pytest.fixture
@@ -55,6 +56,13 @@ def test_a_thing_and_itself_do_not_differ(story: Versions) -> None:
     assert not any((found.inputs, found.rows, found.rules, found.facts, found.config, found.code, found.packages))
     assert found.scores[0].verdict == "no measurable effect"
     assert found.summary.startswith("nothing recorded differs")
+
+
+def test_who_rotated_a_key_between_two_versions_neither_came_nor_went(story: Versions) -> None:
+    story.entries["mira"] = rotate(story.trail, "mira")  # its key is the one that rows are labelled with now
+    add_version(story, 3, {"mira": story.rows["mira"][1:], "otto": story.rows["otto"][:2]}, rank=16, right=10)
+    (row,) = diff(story.trail, "support@2", "support@3").rows
+    assert (row.contributor, row.before, row.after, row.added, row.removed) == ("otto", 3, 2, 0, 1)
 
 
 def test_what_is_gone_is_named(story: Versions) -> None:

@@ -30,7 +30,7 @@ from attribution.receipts import recent_receipts
 from attribution.records import Leaf, Party
 from attribution.registry import Registry
 from attribution.search_index import SearchIndex
-from attribution.trail import Draft, Trail
+from attribution.trail import Draft, Trail, now_us
 from cluster import cli
 from cluster.state import ClusterState, save_state
 from configs.errors import UserError
@@ -108,6 +108,42 @@ def test_changed_keys_and_explained_holes_hold_too(story: Story, tmp_path: Path)
         report = look(trail, tmp_path / "state")
         assert report.violations == [], report.violations
     assert look(trail, tmp_path / "other").violations == []
+
+
+@pytest.mark.parametrize(("name", "num_void"), [("operator", 2), ("Amara", 1)])
+def test_a_rotation_that_a_revocation_reaches_back_over_is_void_and_no_fault(
+    story: Story, tmp_path: Path, name: str, num_void: int
+) -> None:
+    """`verify` takes such a rotation as void too; what its new key signed stays a fault."""
+    trail, stolen_us = story.trail, now_us()
+    rotate(trail, name)
+    revoke(trail, name, reason="stolen", from_us=stolen_us)
+    for _ in range(2):
+        report = look(trail, tmp_path / "state", full=True)
+        assert report.violations == []
+        assert [(item.check, item.index) for item in report.void] == [("key_rotation", 9 + n) for n in range(num_void)]
+        assert all("at or after its revocation: stolen" in item.detail for item in report.void)
+    arguments = ["monitor", "--dir", str(trail.home), "--state", str(tmp_path / "state"), "--no-views"]
+    told = CliRunner().invoke(cli.app, arguments)
+    assert told.exit_code == 0 and "HOLDS" in told.output
+    assert told.output.count("void  entry") == num_void and "; it counts for nothing" in told.output
+
+
+def test_what_the_key_of_a_void_rotation_signed_is_at_fault(story: Story, tmp_path: Path) -> None:
+    trail, stolen_us = story.trail, now_us()
+    rotate(trail, "operator")
+    late = trail.record_many([approve(trail)])[0]
+    revoke(trail, "operator", reason="stolen", from_us=stolen_us)
+    found = look(trail, tmp_path / "state").violations
+    assert [(item.check, item.index) for item in found] == [("revoked key", late.index)]
+
+
+def test_a_key_revoked_from_before_its_person_joined_is_void_with_its_record(story: Story, tmp_path: Path) -> None:
+    trail = story.trail
+    revoke(trail, "Amara", reason="stolen", from_us=1)
+    report = look(trail, tmp_path / "state")
+    assert [(item.check, item.index) for item in report.void] == [("contributor", story.contributors[0].index)]
+    assert {item.index for item in report.violations} == {story.datasets[0].index}, "her rows are at fault"
 
 
 def _time(story: Story) -> None:

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +123,79 @@ def test_a_witness_that_is_down_delays_nothing_and_catches_up(world: World) -> N
     assert publisher.publish().is_published
     for leaf_hash in (first, second):
         assert world.verify(leaf_hash)
+
+
+@contextmanager
+def lying(port: int, answer: Callable[[socket.socket], None]) -> Iterator[None]:
+    """A witness that reads a request and then does with the connection what it likes."""
+    with socket.create_server(("127.0.0.1", port)) as listening:
+        listening.settimeout(0.05)
+        stop = threading.Event()
+
+        def run() -> None:
+            while not stop.is_set():
+                try:
+                    connection, _ = listening.accept()
+                except TimeoutError:
+                    continue
+                with connection, suppress(OSError):
+                    connection.settimeout(5)
+                    connection.recv(1 << 16)
+                    answer(connection)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"])
+def test_a_witness_that_trickles_its_answer_holds_up_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch, head: bytes
+) -> None:
+    """Each byte comes in time, the whole never does."""
+    monkeypatch.setattr("attribution.log.publisher.ROUND_S", 0.5)
+    over = threading.Event()
+
+    def trickle(connection: socket.socket) -> None:
+        connection.sendall(head)
+        while not over.wait(0.05):
+            connection.sendall(b"x")
+
+    world.start(0)
+    world.ask_for("any")
+    leaf_hash = world.record()
+    publisher = world.publisher()
+    with lying(world.ports[1], trickle):
+        done = publisher.publish()
+        assert (done.num_cosigned, done.is_published) == (1, True)
+        assert "did not finish its answer within" in done.witnesses[1].error
+        world.record()
+        began = time.monotonic()
+        assert publisher.publish().is_published, "nobody waits for it a second time"
+        assert time.monotonic() - began < 0.4
+        over.set()
+    assert world.verify(leaf_hash, "any")
+
+
+def test_a_witness_without_an_end_is_not_read_to_it(world: World) -> None:
+    sent: list[int] = []
+
+    def pour(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while len(sent) < 1000:
+            connection.sendall(b"x" * 100_000)
+            sent.append(100_000)
+
+    world.start(0)
+    world.record()
+    with lying(world.ports[1], pour):
+        done = world.publisher().publish()
+    assert done.witnesses[1].error == "answered with more than 64 KiB" and not done.is_published
+    assert sum(sent) < 50_000_000, "what the system's own buffers take, and no more"
 
 
 def test_a_missing_cosignature_is_fetched_while_the_log_rests(world: World) -> None:

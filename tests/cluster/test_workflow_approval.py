@@ -14,7 +14,7 @@ from cluster.workflow import Author
 from cluster.workflow_story import approvals_of, waiting_request
 from configs.errors import UserError
 from pipelines.contribute import add_contributor
-from tests.cluster.workflow_world import WORKFLOW, World
+from tests.cluster.workflow_world import UNSIGNED, WORKFLOW, World
 
 
 @pytest.fixture
@@ -204,3 +204,20 @@ def test_the_subject_is_the_step_and_the_digests(trail: Trail) -> None:
     one, two = (Artefact("adapter", name, "sha256:" + "ab" * 32) for name in ("a", "b"))
     assert Request("w", "s", (one,)).subject == Request("w", "s", (two,)).subject, "a name is not content"
     assert Request("w", "s", (one,)).subject != Request("w", "t", (one,)).subject
+
+
+def test_what_a_revoked_operator_made_is_made_again_and_published_anew(world: World) -> None:
+    first = world.driver(UNSIGNED).run().run
+    made = first.step("refine")
+    assert made is not None
+    refined = world.trail.entry(made.records[0])
+    rotate(world.trail, "operator")
+    assert not world.driver(UNSIGNED).run().is_new, "a rotated key's work stands"
+    revoke(world.trail, "operator", reason="leaked", from_us=refined.leaf.time_us)
+    plan = {decision.name: decision for decision in world.driver(UNSIGNED).plan()}
+    assert plan["refine"].action == "run" and "signed with a revoked key" in plan["refine"].why
+    again = world.driver(UNSIGNED).run().run
+    assert [step.status for step in again.steps] == ["done"] * 4
+    assert world.made == ["refine", "train", "benchmark"] * 2
+    assert world.trail.registry.resolve("facts").version == 2, "the first publication counts for nothing"
+    assert not world.driver(UNSIGNED).run().is_new

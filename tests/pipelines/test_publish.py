@@ -1,15 +1,19 @@
 """Names are given to what this trail made, once and for good."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from attribution.bodies import AdapterBody, PublicationBody
+from attribution.key_changes import revoke, rotate
 from attribution.records import Artefact
 from attribution.store import StoreError
 from attribution.trail import Trail
+from attribution.void_records import VoidRecordError
 from cluster.cli import app
+from pipelines.contribute import add_contributor, contribute
 from pipelines.publish import PublishError, newest_adapter, publish
 from tests.pipelines.train.refined import add_refined
 
@@ -64,11 +68,11 @@ def test_two_homes_handles_never_share_a_version(trail: Trail, tmp_path: Path) -
     assert entry.record.outputs == (Artefact("refined", "facts", digest),)
 
 
-def add_adapter(trail: Trail, name: str, weights: bytes) -> str:
+def add_adapter(trail: Trail, name: str, weights: bytes, *, inputs: Sequence[Artefact] = ()) -> str:
     """Record a blob as the adapter that training under `name` made; return its digest."""
     digest = trail.store.put_blob(weights)
     body = AdapterBody(name, digest, digest, 8, 16, ("q_proj",), 1, 1, 0, 0, digest)
-    trail.record("adapter", body, outputs=(Artefact("adapter", name, digest),))
+    trail.record("adapter", body, inputs=inputs, outputs=(Artefact("adapter", name, digest),))
     return digest
 
 
@@ -88,3 +92,25 @@ def test_without_digest_the_newest_adapter_of_that_name_is_published(
         CliRunner().invoke(app, ["publish", "fatcs"], catch_exceptions=False)
     with pytest.raises(PublishError, match="only an adapter's digest is found by NAME"):
         CliRunner().invoke(app, ["publish", "facts", "--kind", "refined"], catch_exceptions=False)
+
+
+def test_an_adapter_of_revoked_rows_is_not_published_until_trained_again(trail: Trail, tmp_path: Path) -> None:
+    add_contributor(trail, "ana")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Who is Ana?", "completion": "Ana is a contributor."}\n')
+    given = contribute(trail, tmp_path / "rows.jsonl", contributor="ana", licence="MIT").entry
+    refined = Artefact("refined", "facts", add_refined(trail, tmp_path / "refined", parents=[given.leaf_hash]))
+    first = add_adapter(trail, "facts", b"first", inputs=[refined])
+    publish(trail, "facts", first)
+    rotate(trail, "ana")
+    publish(trail, "facts", first)
+    revoke(trail, "ana", reason="laptop stolen", from_us=given.leaf.time_us)
+    size = trail.log.size
+    with pytest.raises(VoidRecordError, match=r"cannot publish sha256:.*\ndataset .* of ana: .* \(laptop stolen\)"):
+        publish(trail, "facts", first)
+    with pytest.raises(VoidRecordError):
+        publish(trail, "rows", refined.digest, kind="refined")
+    assert trail.log.size == size
+    second = add_adapter(trail, "facts", b"second")
+    assert trail.registry.resolve("facts").version == 2
+    publish(trail, "facts", second)
+    assert trail.registry.resolve("facts").digest == second

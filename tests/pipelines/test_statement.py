@@ -8,7 +8,7 @@ import pytest
 
 from attribution.bodies import AdapterBody
 from attribution.credit import RULE
-from attribution.key_changes import rotate
+from attribution.key_changes import revoke, rotate
 from attribution.log.proved import VerifyError
 from attribution.settlement import Settlement, settlement_of
 from attribution.statement import Policy, StatementError
@@ -93,3 +93,17 @@ def test_players_that_are_datasets_are_known_by_their_contributions(world: Credi
     ]
     assert isinstance(world.adapter.record.body, AdapterBody)  # type: ignore[union-attr]
     assert sum(found.num_rows.values()) == load_refined(world.trail, world.adapter.record.body.dataset).num_rows  # type: ignore[union-attr]
+
+
+def test_rows_of_a_revoked_key_are_counted_as_withheld(world: CreditWorld) -> None:
+    trail = world.trail
+    (given,) = [entry for entry in trail.entries(kind="dataset") if entry.record.body.name == "noor"]  # type: ignore[union-attr]
+    revoke(trail, "noor", reason="stolen", from_us=given.leaf.time_us)
+    found = find_copies(trail, [settlement_of(trail, world.settlement)], POLICY)
+    (line,) = found.withheld
+    assert (line.kind, line.id, line.num_rows, line.records) == (
+        "contributor", world.keys["noor"], 2, (given.leaf_hash,)
+    )  # fmt: skip
+    assert f"signed with key {world.keys['noor'][:16]}, revoked from" in line.reason and "(stolen)" in line.reason
+    assert "noor" not in line.reason, "names stand in records that can be erased"
+    assert {key[2] for key in found.num_rows} == {world.keys["mira"], world.keys["thief"]}

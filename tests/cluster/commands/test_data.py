@@ -7,6 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from attribution.key_changes import rotate
 from attribution.trail import Trail
 from cluster.commands import data
 from configs.errors import UserError
@@ -53,6 +54,16 @@ def test_contribute_reports_every_row_left_out(home: Path, tmp_path: Path) -> No
     assert output.count("  line ") == 20
     written = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert [item["line"] for item in written] == [2, *range(4, 29)]
+
+
+def test_rows_under_a_rotated_key_are_counted_with_the_persons_others(home: Path, tmp_path: Path) -> None:
+    hand_in(tmp_path, "ana", ROWS[:1])
+    trail = Trail.open(home)
+    rotate(trail, "ana")
+    (tmp_path / "more.jsonl").write_text("\n".join([ROWS[2], COPY]))
+    call("contribute", str(tmp_path / "more.jsonl"), "--as", "ana", "--licence", "CC-BY-4.0")
+    line = next(line for line in call("contributor", "list").output.splitlines() if "ana" in line)
+    assert [part.strip() for part in line.split("│")] == ["ana", trail.keys.get("ana").key_id[:12], "2", "3"]
 
 
 @pytest.mark.ray

@@ -12,9 +12,12 @@ import pytest
 from attribution.bodies import AdapterBody
 from attribution.credit import RULE, Credit, CreditError
 from attribution.exact_values import all_coalitions, exact_banzhaf, leave_one_out
+from attribution.key_changes import revoke, rotate
 from attribution.records import Artefact
 from attribution.settled_evidence import unit_of
 from attribution.settlement import settlements
+from attribution.trail import Trail
+from attribution.void_records import VoidRecordError
 from configs.schema import SettleSettings
 from pipelines.benchmark.run import BenchmarkError
 from pipelines.benchmark.suites import read_suite
@@ -295,6 +298,19 @@ def test_what_is_gone_is_named(world: World, tiny_base: Path, tmp_path: Path) ->
         asked(world.trail, "lost", suite=world.suite, over="contributors", settings=settings)
     with pytest.raises(SettleError, match="the settings it was trained under are not in this home"):
         asked(world.trail, "bare", suite=world.suite, over="contributors", settings=settings)
+
+
+def test_an_adapter_of_revoked_rows_is_refused_before_a_cluster_is_asked(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.trail.home, tmp_path / "home")
+    trail = Trail.open(tmp_path / "home")
+    settings, given = SettleSettings(budget=15), trail.entry(world.datasets["otto"])
+    for name in ("otto", "operator"):
+        rotate(trail, name)
+    assert asked(trail, "facts", suite=world.suite, over="contributors", settings=settings).game.players
+    revoke(trail, "otto", reason="laptop stolen", from_us=given.leaf.time_us)
+    for over in ("contributors", "datasets", "rules", "adapters"):
+        with pytest.raises(VoidRecordError, match=r"cannot settle .*\ndataset 'otto' .* of otto: .* \(laptop stolen\)"):
+            asked(trail, "facts", suite=world.suite, over=over, settings=settings)
 
 
 def _record_adapter_like(world: World, folder: Path, *, name: str, dataset: str, has_settings: bool) -> None:
