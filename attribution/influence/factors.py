@@ -69,6 +69,8 @@ class Activations:
     inputs: dict[str, Tensor] = field(default_factory=dict)  # x: [n, t, in_features]
     shrunk: dict[str, Tensor] = field(default_factory=dict)  # A x: [n, t, r]
     expanded: dict[str, Tensor] = field(default_factory=dict)  # B A x: [n, t, out_features]
+    head: Tensor | None = None  # logits of the last positions [n, k, v]
+    kept: Tensor | None = None  # bool [n, k - 1]: those of them that predict a target
 
 
 class LoraFactors:
@@ -134,7 +136,7 @@ class LoraFactors:
     def pairs(self, batch: Sequence[Encoded] | Padded) -> dict[str, FactorPair]:
         """Return each factor's pair for the summed loss of each example, by factor name."""
         with self.forward(batch) as (seen, logits, targets):
-            return self.backward(seen, logits, _pull(logits, targets))
+            return self.backward(seen, _pull(logits, targets))
 
     def drawn_pairs(self, batch: Sequence[Encoded], generator: torch.Generator) -> dict[str, FactorPair]:
         """Return the pairs for targets drawn from the model's own distribution at the positions of the given ones.
@@ -142,7 +144,7 @@ class LoraFactors:
         What the true Fisher is made of.
         """
         with self.forward(batch) as (seen, logits, _):
-            return self.backward(seen, logits, _pull(logits, _draw(logits, generator)))
+            return self.backward(seen, _pull(logits, _draw(logits, generator)))
 
     def group_pairs(self, example: Encoded, *, num_groups: int) -> Iterator[dict[str, FactorPair]]:
         """Yield the pairs of contiguous groups of one example's target tokens; their gradients sum to the example's.
@@ -155,22 +157,27 @@ class LoraFactors:
             groups = torch.arange(len(pull), device=pull.device).tensor_split(max(1, min(num_groups, len(pull))))
             for number, group in enumerate(groups, start=1):
                 part = torch.zeros_like(pull).index_copy_(0, group, pull[group])
-                yield self.backward(seen, logits, part, retain_graph=number < len(groups))
+                yield self.backward(seen, part, retain_graph=number < len(groups))
 
     @contextmanager
     def forward(self, batch: Sequence[Encoded] | Padded) -> Iterator[tuple[Activations, Tensor, Tensor]]:
-        """Yield (activations, logits, targets) of one recorded forward pass, the latter two as of `target_logits`."""
+        """Yield (activations, logits, targets) of one recorded forward pass, the latter two as of `target_logits`.
+
+        The logits are detached: choosing them needs no backward of its own, a fiftieth of a small model's pass.
+        """
         given = batch if isinstance(batch, Padded) else self.padded(batch)
         switch = evaluating(self.model) if any(one.training for one in self._all_modules) else nullcontext()
         with switch, torch.enable_grad(), self._recording() as seen:
-            yield seen, *target_logits(self.model, given.input_ids, given.labels, mask=given.mask)
+            seen.head, seen.kept, targets = _head(self.model, given.input_ids, given.labels, mask=given.mask)
+            yield seen, seen.head.detach()[:, :-1][seen.kept].float(), targets
 
-    def backward(
-        self, seen: Activations, logits: Tensor, pull: Tensor, *, retain_graph: bool = False
-    ) -> dict[str, FactorPair]:
+    def backward(self, seen: Activations, pull: Tensor, *, retain_graph: bool = False) -> dict[str, FactorPair]:
         """Return the pairs of a loss whose gradient at `forward`'s logits is `pull`."""
+        assert seen.head is not None and seen.kept is not None
+        at_head = torch.zeros_like(seen.head)
+        at_head[:, :-1][seen.kept] = pull.to(at_head.dtype)
         outputs = [tensor for m in self.modules for tensor in (seen.shrunk[m.name], seen.expanded[m.name])]
-        deltas = torch.autograd.grad(logits, outputs, pull, retain_graph=retain_graph)
+        deltas = torch.autograd.grad(seen.head, outputs, at_head, retain_graph=retain_graph)
         pairs = {}
         for index, module in enumerate(self.modules):
             shrunk = seen.shrunk[module.name].detach()
@@ -251,8 +258,18 @@ def target_losses(model: Any, input_ids: Tensor, labels: Tensor, *, mask: Tensor
 def target_logits(model: Any, input_ids: Tensor, labels: Tensor, *, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return (float32 logits [number of targets, v] that predict each target token, the targets), in order.
 
-    input_ids, labels and mask are [n, t] as `pad_batch` returns them. The head runs from the first target on only: over
-    a prompt it would cost a fifth of a small model's pass for logits that nobody reads.
+    input_ids, labels and mask are [n, t] as `pad_batch` returns them.
+    """
+    logits, kept, targets = _head(model, input_ids, labels, mask=mask)
+    # Only target positions are made float32: a [n, t, v] copy would be the largest tensor of the pass.
+    return logits[:, :-1][kept].float(), targets
+
+
+def _head(model: Any, input_ids: Tensor, labels: Tensor, *, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (logits [n, k, v], bool [n, k - 1]: those that predict a target, the targets in order).
+
+    The head runs from the first target on only: over a prompt it would cost a fifth of a small model's pass for logits
+    that nobody reads.
     """
     has_target = (labels != IGNORED_LABEL).any(dim=0)
     first = int(has_target.to(torch.uint8).argmax())
@@ -260,8 +277,7 @@ def target_logits(model: Any, input_ids: Tensor, labels: Tensor, *, mask: Tensor
     output = model(input_ids=input_ids, attention_mask=mask, use_cache=False, logits_to_keep=kept_positions)
     targets = labels[:, -kept_positions:][:, 1:]
     kept = targets != IGNORED_LABEL
-    # Only target positions are made float32: a [n, t, v] copy would be the largest tensor of the pass.
-    return output.logits[:, :-1][kept].float(), targets[kept]
+    return output.logits, kept, targets[kept]
 
 
 def _lora_modules(model: nn.Module, adapter: str) -> Iterator[LoraModule]:
