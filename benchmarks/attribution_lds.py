@@ -24,7 +24,7 @@ import transformers
 from attribution.influence.lds import Lds, Resamples, lds, mean_over_banks, rank_agreement
 from benchmarks.attribution.banks import DROPS, Bank, Plan, announce, make_bank, plan_banks
 from benchmarks.attribution.lab import Lab, LabSettings
-from benchmarks.attribution.methods import BASELINES, Found, epoch_cpu_s, own_pass_cpu_s
+from benchmarks.attribution.methods import BASELINES, Found, own_pass_cpu_s
 from benchmarks.attribution.ours import AUDIT, EXPLAIN, OURS
 from benchmarks.attribution.record import PEERS, read_record, run_peers, write_record
 from benchmarks.gpu_check import Figure
@@ -44,7 +44,6 @@ class SeedResult:
     found: dict[str, Found]
     digests: dict[str, str]
     retrain_cpu_s: float
-    epoch_cpu_s: float
     own_pass_cpu_s: float
 
 
@@ -65,7 +64,6 @@ def measure(lab: Lab, plans: Sequence[Plan], peers: dict[str, Found], *, cache: 
         found=found,
         digests={"experiment": lab.digest, **{plan.name: plan.digest for plan in plans}},
         retrain_cpu_s=max(bank.retrain_cpu_s for bank in banks),
-        epoch_cpu_s=epoch_cpu_s(lab),
         own_pass_cpu_s=own_pass_cpu_s(lab),
     )
 
@@ -115,7 +113,7 @@ def _cost_figures(result: SeedResult, scores: dict[str, dict[str, Lds]], online:
     query, size = ours.query_cpu_s / peer.query_cpu_s, ours.bytes_per_example / peer.bytes_per_example
     yield Figure(f"CPU s per query / {best}", query, "ratio", 0.5, is_ceiling=True)
     yield Figure(f"bytes per example / {best}", size, "ratio", 0.25, is_ceiling=True)
-    epochs = ours.build_cpu_s / ours.settings["checkpoints"] / result.epoch_cpu_s
+    epochs = ours.build_epochs / ours.settings["checkpoints"]
     yield Figure("store build per checkpoint", epochs, "training epochs", 1.25, is_ceiling=True)
 
 
@@ -246,6 +244,7 @@ def _to_json(results: Sequence[SeedResult], held: Sequence[Figure]) -> dict[str,
             name: {
                 "kind": one.kind,
                 "build_cpu_s": round(one.build_cpu_s, 3),
+                "build_epochs": round(one.build_epochs, 2),
                 "query_cpu_s": round(one.query_cpu_s, 6),
                 "bytes_per_example": round(one.bytes_per_example),
                 "settings": one.settings,

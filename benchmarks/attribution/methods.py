@@ -5,7 +5,6 @@ query's own forward and backward, which every method needs and which is measured
 """
 
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import process_time
@@ -26,11 +25,15 @@ Kind = Literal["baseline", "online", "in-run", "audit"]
 
 @dataclass(frozen=True)
 class Found:
-    """What a method said: scores [q, n] and what it cost. `bytes_per_example` is what stays on disk for a query."""
+    """What a method said: scores [q, n] and what it cost. `bytes_per_example` is what stays on disk for a query.
+
+    `build_epochs`: the build beside training epochs that were timed in turn with it; 0 where nobody asked.
+    """
 
     scores: NDArray[np.float64]
     kind: Kind
     build_cpu_s: float = 0.0
+    build_epochs: float = 0.0
     query_cpu_s: float = 0.0
     bytes_per_example: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -129,13 +132,10 @@ def checkpoint_rates(lab: Lab) -> list[float]:
 
 
 def epoch_cpu_s(lab: Lab) -> float:
-    """Return the CPU seconds of one epoch of the recorded run, run alone; the median of three runs."""
-    run, seconds = lab.base_run, []
-    for _ in range(3):
-        began = process_time()
-        run.run()
-        seconds.append(process_time() - began)
-    return statistics.median(seconds) / lab.train.epochs
+    """Return the CPU seconds of one epoch of the recorded run, run alone."""
+    run, began = lab.base_run, process_time()
+    run.run()
+    return (process_time() - began) / lab.train.epochs
 
 
 def own_pass_cpu_s(lab: Lab) -> float:

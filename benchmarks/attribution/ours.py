@@ -23,7 +23,7 @@ from attribution.influence.topk import top_examples
 from attribution.influence.unrolled import unrolled_scores
 from benchmarks.attribution.export import unflat
 from benchmarks.attribution.lab import Lab
-from benchmarks.attribution.methods import Found, Method
+from benchmarks.attribution.methods import Found, Method, epoch_cpu_s
 from configs.schema import TrainSettings
 from pipelines.train.gradients import codec_settings
 
@@ -31,8 +31,8 @@ EXPLAIN, AUDIT = "explain: store, EK-FAC", "audit: unrolled"
 Ask = Literal["as served", "at all", "at the last, plain"]
 FIT_ROWS = TrainSettings().gradient_fit_examples
 """Rows that factors are fitted on, at each checkpoint: the product's default."""
-NUM_BUILDS = 3
-"""The median counts: one alone is off by a tenth on a busy machine."""
+NUM_BUILDS = 5
+"""The median counts, and that of builds over epochs in turn: a machine's speed moves by a tenth within minutes."""
 
 
 def store_method(settings: CodecSettings, *, ask: Ask = "as served") -> Method:
@@ -58,13 +58,14 @@ def _explain(lab: Lab, settings: CodecSettings, folder: Path, *, ask: Ask) -> Fo
         for state in lab.checkpoints
     ]
     rows = {f"{number:04}": example for number, example in enumerate(lab.examples)}
-    seconds, weights = [], exposure(lab)
+    seconds, epochs, weights = [], [], exposure(lab)
     for number in range(NUM_BUILDS):
         began = process_time()
         store = build_store(
             folder / str(number), factors, rows, views, settings, sample_size=FIT_ROWS, exposure=weights
         )
         seconds.append(process_time() - began)
+        epochs.append(seconds[-1] / epoch_cpu_s(lab))
     questions, encode_cpu_s = _questions(lab, store, factors, views, ask=ask)
     began = process_time()
     question = asked_of_all(store, questions, "none" if ask == "at the last, plain" else "cosine")
@@ -79,6 +80,7 @@ def _explain(lab: Lab, settings: CodecSettings, folder: Path, *, ask: Ask) -> Fo
         scores,
         "online",
         build_cpu_s=statistics.median(seconds),
+        build_epochs=statistics.median(epochs),
         query_cpu_s=(encode_cpu_s + score_cpu_s) / len(lab.queries),
         bytes_per_example=num_bytes / len(rows),
         settings={
