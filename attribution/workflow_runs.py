@@ -162,14 +162,18 @@ def run_from_plain(value: object) -> Run:
 
 
 def find_result(trail: "Trail", runs: Sequence[Run], key: Key) -> StepRun | None:
-    """Return the newest step that a key stands for, its outputs all in the store and its records counting, or None."""
+    """Return the newest step that a key stands for and whose outputs are all still in the store, or None.
+
+    Neither its records nor the run's own may be signed with a revoked key.
+    """
     wanted = key.digest
-    for step in _newest_first(runs):
-        is_it = step.status in GOOD and step.key is not None and step.key.digest == wanted
-        if is_it and all(trail.store.has(output.artefact.digest) for output in step.outputs):
-            people = People(trail)
-            if all(void_record(people, trail.entry(leaf)) is None for leaf in step.records):
-                return step
+    for run in reversed(runs):
+        for step in reversed(run.steps):
+            is_it = step.status in GOOD and step.key is not None and step.key.digest == wanted
+            if is_it and all(trail.store.has(output.artefact.digest) for output in step.outputs):
+                people, own = People(trail), [run.leaf_hash] if run.leaf_hash else []
+                if all(void_record(people, trail.entry(leaf)) is None for leaf in (*step.records, *own)):
+                    return step
     return None
 
 

@@ -129,14 +129,15 @@ def real_kinds(tools: Tools) -> dict[str, StepKind]:
             return [benchmark(trail, task.input("adapter").digest, suite=_suite(task), **options).entry]
 
     def settle(trail: "Trail", task: Task) -> "Sequence[Entry]":
+        from pipelines.settle.asked import asked
+
+        assert isinstance(task.step, SettleStep)
+        adapter, suite, section = task.input("adapter").digest, _suite(task), task.settings.settle
+        ready = asked(trail, adapter, suite=suite, over=task.step.over, settings=section)
         tools.ray()
         with tools.bars("settle") as bars:
-            from pipelines.settle.asked import asked
             from pipelines.settle.driver import settle
 
-            assert isinstance(task.step, SettleStep)
-            adapter, suite, section = task.input("adapter").digest, _suite(task), task.settings.settle
-            ready = asked(trail, adapter, suite=suite, over=task.step.over, settings=section)
             report = settle(trail, ready, progress=bars, workflow=task.definition)
             assert report is not None, "only a dry run returns nothing"
             return [report.entry]

@@ -8,11 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from configs.errors import UserError
+from configs.yaml_file import load_yaml
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PRESETS_DIRECTORY = Path(__file__).parent
@@ -275,10 +275,7 @@ def load_settings(path: Path | str | None = None) -> Settings:
     if path is None:
         return Settings()
     file = resolve_preset(path)
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid YAML: {error}") from error
+    loaded = load_yaml(file)
     if loaded is None:
         return Settings()
     if not isinstance(loaded, dict):

@@ -25,6 +25,7 @@ from configs.schema import (
     parse_settings,
 )
 from configs.workflow import ANY, REFERENCE, STEP_KINDS, Step, Workflow
+from configs.yaml_file import load_yaml
 
 WORKFLOWS_DIRECTORY = Path(__file__).parent / "workflows"
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?")
@@ -56,10 +57,7 @@ def load_workflow(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Work
         UserError: no such file, not YAML, an unknown key, kind, step or output, or steps that need each other.
     """
     file = _resolve(path)
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid YAML: {error}") from error
+    loaded = load_yaml(file)
     folder = Path.cwd() if file.parent == WORKFLOWS_DIRECTORY else file.parent
     return parse_workflow(loaded, source=str(file), folder=folder.resolve(), overrides=overrides), file.resolve()
 

@@ -221,3 +221,13 @@ def test_what_a_revoked_operator_made_is_made_again_and_published_anew(world: Wo
     assert world.made == ["refine", "train", "benchmark"] * 2
     assert world.trail.registry.resolve("facts").version == 2, "the first publication counts for nothing"
     assert not world.driver(UNSIGNED).run().is_new
+
+
+def test_a_run_that_a_revoked_operator_recorded_makes_nothing_known(world: World) -> None:
+    """Whoever had the key may have said of a step that it made what another did."""
+    first = world.driver(UNSIGNED).run().run
+    late = world.trail.entry(first.leaf_hash)
+    revoke(world.trail, "operator", reason="leaked", from_us=late.leaf.time_us)
+    assert {decision.action for decision in world.driver(UNSIGNED).plan()} == {"run"}
+    assert world.driver(UNSIGNED).run().is_new
+    assert not world.driver(UNSIGNED).run().is_new

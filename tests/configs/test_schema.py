@@ -60,7 +60,12 @@ def test_every_mistake_is_told_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("train: [", "not valid YAML"), ("- train", "holds a list; a configuration is a mapping of contribute, refine")],
+    [
+        ("train: [", "not valid YAML"),
+        ("- train", "holds a list; a configuration is a mapping of contribute, refine"),
+        ("train:\n  rank: 4\n  rank: 8\n", "not valid YAML: line 3: key 'rank' stands in line 2 already"),
+        ("[" * 5000, "nested too deeply"),
+    ],
 )
 def test_files_that_are_no_mapping(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "bad.yaml"

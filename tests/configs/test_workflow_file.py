@@ -120,6 +120,12 @@ def test_presets_load_and_a_missing_file_lists_them(tmp_path: Path) -> None:
     bad.write_text("steps: [")
     with pytest.raises(UserError, match="not valid YAML"):
         load_workflow(bad)
+    bad.write_text("name: a\nsteps:\n  r: {kind: refine}\n  r: {kind: refine, datasets: [mira]}\n")
+    with pytest.raises(UserError, match="line 4: key 'r' stands in line 3 already"):
+        load_workflow(bad)
+    merged = "name: a\nsteps:\n  r: &r {kind: refine, datasets: [mira]}\n  s: {<<: *r, datasets: [otto]}\n"
+    bad.write_text(merged)
+    assert set(load_workflow(bad)[0].steps) == {"r", "s"}, "what a merge brings may be said otherwise"
     bad.write_text("- a")
     with pytest.raises(UserError, match="holds a list; a workflow is a mapping of name, base"):
         load_workflow(bad)
