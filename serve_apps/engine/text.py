@@ -4,12 +4,10 @@ import re
 from typing import Any
 
 REPLACEMENT = "\ufffd"
-# Bytes that byte-level BPE (GPT-2) writes as themselves; the others are, in order, the letters from 256 on.
+# Byte-level BPE (GPT-2) writes these bytes as themselves and the others, in order, as the letters from 256 on.
 _PLAIN_BYTES = (*range(33, 127), *range(161, 173), *range(174, 256))
-_OTHER_BYTES = (byte for byte in range(256) if byte not in _PLAIN_BYTES)
-_BYTE_OF = {
-    **{chr(byte): byte for byte in _PLAIN_BYTES},
-    **{chr(256 + place): byte for place, byte in enumerate(_OTHER_BYTES)},
+_BYTE_OF = {chr(byte): byte for byte in _PLAIN_BYTES} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PLAIN_BYTES)))
 }
 # Tokens of the prompt decoded along, so that a tokenizer that writes spaces by context does so (sentencepiece).
 CONTEXT_TOKENS = 6
