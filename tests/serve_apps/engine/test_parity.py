@@ -193,7 +193,10 @@ PEFT_OPTIONS: dict[str, dict[str, Any]] = {
     "layers_to_transform and pattern": {"layers_to_transform": 0, "layers_pattern": "layers"},
     "regex": {"target_modules": r".*\.0\..*(q|up)_proj"},
     "first pattern of several": {"rank_pattern": {".*_proj": 2, "q_proj|v_proj": 6}, "alpha_pattern": {".*": 9}},
-    "alternatives": {"rank_pattern": {r"layers\.[1-9]\.mlp\.(up|down)_proj|q_proj": 4}, "alpha_pattern": {"roj": 3}},
+    "alternatives": {
+        "rank_pattern": {r"layers\.[1-9]\.mlp\.(up|down)_proj|q_proj": 4},
+        "alpha_pattern": {"^model.*v_proj$": 3},
+    },
     "exclude by regex": {"exclude_modules": r".*\.1\..*"},
     "layers and full names": {
         "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
