@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI
@@ -25,6 +26,7 @@ from serve_apps.ask import AskApi
 from serve_apps.calls import Answer, Call, Piece
 from serve_apps.catalogue import Catalogue
 from serve_apps.choices import IndexedPiece, complete_all, split, stream_all
+from serve_apps.engine.text import token_bytes
 from serve_apps.errors import (
     ApiError,
     Problem,
@@ -144,7 +146,8 @@ class Gateway:
         parsed = parse(await _body(request), kind)
         calls = split(await self._call(parsed, principal), parsed.request.num_choices)
         is_chat = isinstance(parsed.request, ChatRequest)
-        form = ReplyForm(is_chat, self._token_text, calls, bool(parsed.request.return_token_ids))
+        texts = (self._token_text, partial(token_bytes, self._tokenizer))
+        form = ReplyForm(is_chat, *texts, calls, bool(parsed.request.return_token_ids))
         if parsed.request.stream:
             return await self._streamed(form, include_usage=parsed.request.include_usage)
         with self._running(calls):

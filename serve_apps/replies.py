@@ -10,8 +10,9 @@ from serve_apps.engine.config import TokenLogprob
 
 LOWEST_LOGPROB = -9999.0  # what OpenAI writes for minus infinity, which JSON cannot carry
 
-# Token id -> the text of that token alone.
+# Token id -> the text, and the bytes, of that token alone.
 TokenText = Callable[[int], str]
+TokenBytes = Callable[[int], bytes]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ReplyForm:
 
     is_chat: bool
     token_text: TokenText
+    token_bytes: TokenBytes
     calls: tuple[Call, ...]
     return_token_ids: bool = False
 
@@ -109,8 +111,8 @@ class ReplyForm:
         }
 
     def _chat_token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token_id)
-        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(text.encode())}
+        whole = list(self.token_bytes(token_id))  # of a part of a character, of which the text tells nothing
+        return {"token": self.token_text(token_id), "logprob": max(logprob, LOWEST_LOGPROB), "bytes": whole}
 
     def _completion_logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         texts = [self.token_text(token.token_id) for token in tokens]

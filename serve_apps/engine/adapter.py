@@ -1,8 +1,9 @@
 """Reads one PEFT LoRA folder into rank rows, and refuses what would be computed wrongly.
 
-Honoured: r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, target_modules (list or regex), exclude_modules,
-layers_to_transform, layers_pattern; any subset of the seven linears. Source of the rules: peft 0.21.2, functions
-`check_target_module_exists` (tuners/tuners_utils.py), `update_layer` (tuners/lora/layer.py), `get_pattern_key`.
+Honoured: r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, target_modules (list, regex or "all-linear"),
+exclude_modules, layers_to_transform, layers_pattern; any subset of the seven linears. Source of the rules: peft 0.21.2,
+functions `check_target_module_exists` (tuners/tuners_utils.py), `update_layer` (tuners/lora/layer.py),
+`get_pattern_key`.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from kernels.lora import MAX_RANK
+from serve_apps.engine.adapter_fields import check_fields
 from serve_apps.engine.architecture import LINEAR_MODULES, ModelSpec
 from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.errors import CorruptAdapter, UnknownAdapter, UnsupportedAdapter
@@ -78,6 +80,7 @@ FEATURE_NAMES = {
 }
 # Initialisations that leave the base model as it is; the others (PiSSA, OLoRA, LoftQ, ...) change its weights.
 BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+ALL_LINEAR = "all-linear"
 FLOATING_DTYPES = ("F64", "F32", "F16", "BF16")
 TENSOR_NAME = re.compile(
     r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>\w+))\.lora_(?P<side>[AB])\.weight"
@@ -154,6 +157,7 @@ def _config(content: bytes, folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CorruptAdapter(f"{folder / CONFIG_FILE} is not a JSON object")
     _refuse_unsupported(config, folder)
+    check_fields(config, folder / CONFIG_FILE)
     return config
 
 
@@ -254,6 +258,8 @@ def _is_target(config: dict[str, Any], name: str) -> bool:
     if excluded and _names_match(excluded, name):
         return False
     targets = config.get("target_modules") or []
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return True
     if not _names_match(targets, name):
         return False
     layers = config.get("layers_to_transform")
@@ -274,7 +280,7 @@ def _names_match(targets: str | list[str], name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _by_pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:
+def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -285,7 +291,7 @@ def _module(
     config: dict[str, Any], name: str, sides: dict[str, Tensor], *, spec: ModelSpec, folder: Path
 ) -> LoraWeights:
     """Check one module's A and B and compute its scaling."""
-    rank = int(_by_pattern(config.get("rank_pattern"), name, config.get("r", 8)))
+    rank: int = _by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
     alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     if rank < 1:
         raise CorruptAdapter(f"{folder}: rank {rank} of {name} is not positive")

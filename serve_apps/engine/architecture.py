@@ -15,7 +15,8 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Linears that read the same input, in packing order.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -28,7 +29,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The shape of a Llama-family model. `windows[i]` is layer i's sliding window in tokens, None for all."""
+    """The shape of a Llama-family model. `windows[i]` is layer i's sliding window in tokens, None for all.
+
+    `biased` names the `GROUPS` whose linears may have biases. Sequences of more than `long_from` tokens take
+    `long_inverse_frequencies` for all their positions (longrope); None where one set serves every length.
+    """
 
     model_type: str
     num_layers: int
@@ -45,6 +50,9 @@ class ModelSpec:
     windows: tuple[int | None, ...]
     inverse_frequencies: Tensor
     rope_scaling: float
+    long_inverse_frequencies: Tensor | None
+    long_from: int | None
+    biased: frozenset[str]
     eos_token_ids: frozenset[int]
 
     def linear_shape(self, module: str) -> tuple[int, int]:
@@ -72,10 +80,11 @@ def read_spec(base_path: Path) -> ModelSpec:
         raise CorruptModel(f"base_path={base_path} has no config.json; give the folder of a Hugging Face model")
     try:
         config: Any = AutoConfig.from_pretrained(str(base_path), local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError, ArithmeticError) as error:
         raise UnsupportedModel(f"{base_path}/config.json is not readable as one of {_supported()}: {error}") from error
     _refuse_unsupported(config, base_path)
     inverse_frequencies, rope_scaling = _rope(config)
+    long_from, long_inverse_frequencies = _long_rope(config)
     return ModelSpec(
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -92,6 +101,9 @@ def read_spec(base_path: Path) -> ModelSpec:
         windows=_windows(config),
         inverse_frequencies=inverse_frequencies,
         rope_scaling=rope_scaling,
+        long_inverse_frequencies=long_inverse_frequencies,
+        long_from=long_from,
+        biased=_biased(config),
         eos_token_ids=_eos_token_ids(config, base_path),
     )
 
@@ -119,6 +131,16 @@ def _refuse_unsupported(config: Any, base_path: Path) -> None:
         )
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModel(f"partial_rotary_factor ({base_path}) is not computed; what works: 1.0")
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if odd:
+        raise UnsupportedModel(
+            f"layer_types {odd} ({base_path}) are not computed; what works: {', '.join(LAYER_TYPES)}"
+        )
+    if config.num_attention_heads % (config.num_key_value_heads or config.num_attention_heads):
+        raise UnsupportedModel(
+            f"num_attention_heads={config.num_attention_heads} ({base_path}) is no multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}"
+        )
 
 
 def _head_dim(config: Any) -> int:
@@ -137,8 +159,19 @@ def _windows(config: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _biased(config: Any) -> frozenset[str]:
+    """Return the groups of linears that have biases by the config; transformers passes over others in a file."""
+    if config.model_type == "qwen2":
+        return frozenset({"qkv"})
+    names = {"attention_bias": ("qkv", "o"), "mlp_bias": ("gate_up", "down")}
+    return frozenset(group for name, groups in names.items() if getattr(config, name, False) for group in groups)
+
+
 def _rope(config: Any) -> tuple[Tensor, float]:
-    """Return inverse frequencies [head_dim / 2] (fp32) and the factor on cos and sin, by transformers' functions."""
+    """Return inverse frequencies [head_dim / 2] (fp32) and the factor on cos and sin, by transformers' functions.
+
+    Those of "dynamic" change only beyond `max_position_embeddings`, which no sequence here exceeds.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope_type = config.rope_parameters["rope_type"]
@@ -149,6 +182,17 @@ def _rope(config: Any) -> tuple[Tensor, float]:
     head_dim = _head_dim(config)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+
+def _long_rope(config: Any) -> tuple[int | None, Tensor | None]:
+    """Return the length beyond which longrope takes its long factors, and their inverse frequencies."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if config.rope_parameters["rope_type"] != "longrope":
+        return None, None
+    original: int = config.rope_parameters["original_max_position_embeddings"]
+    frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=original + 1)
+    return original, frequencies.float()
 
 
 def _eos_token_ids(config: Any, base_path: Path) -> frozenset[int]:

@@ -65,7 +65,7 @@ class AsyncEngine:
         requests go on meanwhile.
         """
         if request.adapter is not None:
-            await asyncio.to_thread(self._engine.prefetch, request.adapter)
+            await self._prefetch(request.adapter)
         if request.sampling.grammar is not None:
             await asyncio.to_thread(self._engine.prepare, request)
         listener = _Listener()
@@ -89,7 +89,7 @@ class AsyncEngine:
 
     async def load(self, ref: AdapterRef) -> None:
         """Make an adapter resident. Raises as `Engine.load`. Running requests go on while it is read."""
-        await asyncio.to_thread(self._engine.prefetch, ref)
+        await self._prefetch(ref)
         await self._call(lambda: self._engine.load(ref))
 
     async def unload(self, digest: str) -> bool:
@@ -108,6 +108,13 @@ class AsyncEngine:
         self._thread.join()
         # What slipped in behind the thread's last look must not leave its caller waiting.
         self._take_commands(block=False)
+
+    async def _prefetch(self, ref: AdapterRef) -> None:
+        """As `Engine.prefetch`, without a thread that waits for the read; whoever goes away leaves the read alone."""
+        pool = self._engine.pool
+        if pool.resident_bytes(ref.digest) is None:
+            packed = await asyncio.shield(asyncio.wrap_future(pool.start(ref)))
+            pool.check_size(ref.digest, packed.data.numel())
 
     async def _call(self, function: Callable[[], Result]) -> Result:
         """Run `function` on the engine's thread between two steps; return what it returns or raise what it raises."""

@@ -37,11 +37,18 @@ class StepBatch:
 
 
 def build_batch(
-    plan: list[Scheduled], *, lora_pool: LoraPool, block_size: int, device: torch.device, is_paged: bool = False
+    plan: list[Scheduled],
+    *,
+    lora_pool: LoraPool,
+    block_size: int,
+    device: torch.device,
+    is_paged: bool = False,
+    long_positions: int = 0,
 ) -> StepBatch:
     """Lay out `plan`, which is sorted by adapter; `lora_pool` holds the weights that its leases name.
 
-    `is_paged` adds the block tables that the Triton kernels read.
+    `is_paged` gives the block tables that the Triton kernels read, in place of the runs that the CPU reads.
+    `long_positions`: where in the RoPE table the positions of sequences with `is_long` begin.
     """
     token_ids: list[int] = []
     positions: list[int] = []
@@ -53,9 +60,11 @@ def build_batch(
         sequence, row_start = item.sequence, len(token_ids)
         context_len = sequence.num_computed + item.num_tokens
         token_ids += sequence.token_ids[sequence.num_computed : context_len]
-        positions += range(sequence.num_computed, context_len)
+        first = long_positions if sequence.is_long else 0
+        positions += range(first + sequence.num_computed, first + context_len)
         slot_mapping += _slots(sequence, sequence.num_computed, context_len, block_size)
-        runs.append(_attention_run(sequence, item.num_tokens, row_start, block_size=block_size, device=device))
+        if not is_paged:
+            runs.append(_attention_run(sequence, item.num_tokens, row_start, block_size=block_size, device=device))
         adapter_runs.append((BASE_ROW if sequence.lease is None else sequence.lease.adapter_row, item.num_tokens))
         if item.gives_token:
             logit_rows.append(len(token_ids) - 1)

@@ -15,7 +15,7 @@ from serve_apps.engine.adapter_loads import AdapterLoads
 from serve_apps.engine.adapter_pool import AdapterPool
 from serve_apps.engine.architecture import LINEAR_MODULES, ModelSpec, read_spec
 from serve_apps.engine.config import AdapterRef, EngineConfig, FinishReason, Output, Request, TokenLogprob
-from serve_apps.engine.errors import EngineError, InvalidRequest, PromptTooLong
+from serve_apps.engine.errors import CorruptModel, EngineError, InvalidRequest, PromptTooLong
 from serve_apps.engine.grammar import Grammars, GrammarState
 from serve_apps.engine.host_tier import HostTier
 from serve_apps.engine.kv_cache import BlockAllocator
@@ -35,13 +35,11 @@ class Engine:
 
         `config.num_threads` sets torch's thread count for the whole process.
         """
-        from transformers import AutoTokenizer
-
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
         self.spec = read_spec(Path(config.base_path))
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(config.base_path, local_files_only=True)
+        self.tokenizer: Any = _tokenizer(config.base_path)
         device = resolve_device(config.device)
         native = load_native(env.cache_home()) if _wants_native(config, device) else None
         self.pool = _adapter_pool(config, self.spec, device, native)
@@ -86,6 +84,7 @@ class Engine:
             tokenizer=self.tokenizer,
             eos_token_ids=self._eos_token_ids,
             grammar=grammar,
+            long_from=self.spec.long_from,
         )
         self._num_arrivals += 1
         self._sequences[request.request_id] = sequence
@@ -200,10 +199,13 @@ class Engine:
         if result is None:
             return []
         self._num_output_tokens += 1
+        was_long = sequence.is_long
         text, finish_reason = sequence.append(result.token_id)
         output = _output(sequence, (result,), text, finish_reason=finish_reason)
         if finish_reason is not None:
             self._finish(sequence)
+        elif sequence.is_long != was_long:
+            self._scheduler.restart(sequence)
         return [output]
 
     def _forget(self, sequence: Sequence, error: Exception) -> Output:
@@ -227,6 +229,15 @@ def _limits(config: EngineConfig) -> SchedulerLimits:
         base_digest=config.base_digest or config.base_path,
         tenant_weights=dict(config.tenant_weights),
     )
+
+
+def _tokenizer(base_path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base_path, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CorruptModel(f"base_path={base_path} has no readable tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def _wants_native(config: EngineConfig, device: torch.device) -> bool:

@@ -11,6 +11,7 @@ lies in buffers that every replay refills whole, padding included, and everythin
 Rows beyond the batch pad the bucket: slot -1 (nothing is written), adapter row -1, context 0 (nothing is read).
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from kernels.lora import LoraPool, LoraStep
 from kernels.ops import AttentionPlan, PagedBatch
 from kernels.segments import BASE_ROW
 from serve_apps.engine.batch import StepBatch
+
+logger = logging.getLogger(__name__)
 
 NUM_WARM_UPS = 2
 
@@ -52,8 +55,12 @@ class CudaCapture:
                 compute()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        # torch leaves its capture stream current when the capture fails; the outer stream comes back whatever happens.
         # Other threads page-lock memory for adapters meanwhile, which a stricter mode would take for an error.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             logits = compute()
         return Captured(graph.replay, logits)
 
@@ -102,7 +109,7 @@ class DecodeGraphs:
     def run(self, batch: StepBatch) -> Tensor | None:
         """Return the step's logits, valid until the next call; None for a step that is not a decode of every row.
 
-        Also None when there was no memory to capture its bucket. A layer's adapter weights cannot be awaited inside a
+        Also None when its bucket could not be captured. A layer's adapter weights cannot be awaited inside a
         graph, so the stream waits for the whole of adapters on their way.
         """
         paged, num_rows = batch.attention.paged, batch.token_ids.shape[0]
@@ -125,7 +132,8 @@ class DecodeGraphs:
             buffers = self._empty(bucket, has_adapters)
             try:
                 self._recorded[key] = (buffers, self._capture(lambda: self._forward(buffers)))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:  # out of memory, also as a capture that "failed due to a previous error"
+                logger.warning("decode steps of %d rows run without a graph: %s", bucket, error)
                 self._recorded[key] = None
         return self._recorded[key]
 

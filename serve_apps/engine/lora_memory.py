@@ -15,11 +15,13 @@ from kernels.devices import to_device
 from kernels.large_pages import LargePages
 from kernels.lora import MODULES, LoraPool
 from kernels.native import Native
-from serve_apps.engine.arena import Arena
+from serve_apps.engine.arena import Arena, Move
 from serve_apps.engine.packed_adapter import PackedAdapter
 
 # Adapters begin at multiples of this many bytes, a cache line, for loads as wide as the device has them.
 ALIGNMENT_BYTES = 64
+# An adapter that moves goes through a buffer of this size, so that compaction never asks for memory that is not there.
+STAGING_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class LoraMemory:
             native=native,
             alignment=math.gcd(alignment, ALIGNMENT_BYTES // dtype.itemsize),
         )
+        self._staging = torch.empty(min(self.arena.size, STAGING_BYTES // dtype.itemsize), dtype=dtype, device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.num_moved_bytes = 0
 
@@ -130,12 +133,19 @@ class LoraMemory:
             # What moves may still be on its way in.
             torch.cuda.current_stream().wait_stream(self._stream)
         for move in self.arena.compact(size):
-            source = self.lora.data[move.source : move.source + move.size]
-            target = self.lora.data[move.target : move.target + move.size]
-            target.copy_(source.clone() if move.source - move.target < move.size else source)
+            self._move_down(move)
             row = row_of(move.key)
             self._write_row(row, _shifted(self.lora.host_table[row], move.target - move.source))
             self.num_moved_bytes += move.size * self._itemsize
+
+    def _move_down(self, move: Move) -> None:
+        """Copy front to back in pieces: what a piece overwrites has been copied before."""
+        data, distance, end = self.lora.data, move.source - move.target, move.source + move.size
+        for start in range(move.source, end, len(self._staging)):
+            source = data[start : min(end, start + len(self._staging))]
+            piece = self._staging[: len(source)]
+            piece.copy_(source)
+            data[start - distance : start - distance + len(source)].copy_(piece)
 
     def _write_row(self, adapter_row: int, offsets: Tensor) -> None:
         self.lora.host_table[adapter_row] = offsets

@@ -74,13 +74,16 @@ class Model:
     def __init__(self, spec: ModelSpec, weights: Weights, *, max_positions: int, native: Native | None = None) -> None:
         """Own `weights` and tabulate RoPE for positions 0..max_positions-1 (in fp32, then in the model's dtype).
 
+        The long frequencies' rows, where the model has some, follow from `max_positions` on.
         With `native` the weights are packed and its kernels compute the whole forward.
         """
         self.spec = spec
         self.weights = weights
         self._lora_groups = {group: _lora_group(spec, linears) for group, linears in GROUPS.items()}
         dtype, device = weights.embedding.dtype, weights.embedding.device
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), spec.inverse_frequencies)
+        sets = (spec.inverse_frequencies, spec.long_inverse_frequencies)
+        positions = torch.arange(max_positions, dtype=torch.float32)
+        angles = torch.cat([torch.outer(positions, frequencies) for frequencies in sets if frequencies is not None])
         cos, sin = angles.cos() * spec.rope_scaling, angles.sin() * spec.rope_scaling
         self._cos = torch.cat((cos, cos), -1).to(device, dtype)
         self._signed_sin = torch.cat((-sin, sin), -1).to(device, dtype)

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def first_key(base_digest: str, adapter_digest: str | None) -> bytes:
-    """Return the key that every chain of one base and one adapter's content starts from."""
-    parts = (base_digest, "" if adapter_digest is None else f"adapter {adapter_digest}")
+def first_key(base_digest: str, adapter_digest: str | None, *, is_long: bool = False) -> bytes:
+    """Return the key that every chain of one base and one adapter's content starts from.
+
+    `is_long`: keys were rotated by the frequencies of long sequences.
+    """
+    parts = [base_digest, "" if adapter_digest is None else f"adapter {adapter_digest}"]
+    if is_long:
+        parts.append("long")
     return hashlib.sha256("\n".join(parts).encode()).digest()
 
 

@@ -97,6 +97,7 @@ class Runner:
                 block_size=self._block_size,
                 device=self.device,
                 is_paged=self.model.cuda_forward is not None,
+                long_positions=self.max_model_len,
             )
             logits = None if self.graphs is None else self.graphs.run(batch)
             if logits is None:

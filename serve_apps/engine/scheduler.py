@@ -99,6 +99,12 @@ class Scheduler:
                 self._allocator.register(sequence.blocks[index], sequence.block_keys[index + 1])
             sequence.num_registered = num_whole
 
+    def restart(self, sequence: Sequence) -> None:
+        """Have a running sequence's keys and values computed anew, because what they depend on has changed."""
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        self.add(sequence)
+
     def check_integrity(self) -> None:
         """Assert that blocks and leases are held by running sequences only, as many as their tokens need."""
         self._allocator.check_integrity([block for sequence in self.running for block in sequence.blocks])
@@ -145,9 +151,7 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence) -> None:
         """Send a running sequence back to wait; its tokens stay, their keys and values are found or computed again."""
-        self.running.remove(victim)
-        self._give_back(victim)
-        self.add(victim)
+        self.restart(victim)
         self.num_preemptions += 1
 
     def _admit(self, plan: list[Scheduled], on_failure: OnFailure) -> None:
@@ -197,7 +201,8 @@ class Scheduler:
         if not self._limits.enable_prefix_cache:
             return
         lease = sequence.lease
-        start = first_key(self._limits.base_digest, None if lease is None else lease.content_digest)
+        content_digest = None if lease is None else lease.content_digest
+        start = first_key(self._limits.base_digest, content_digest, is_long=sequence.is_long)
         if not sequence.block_keys or sequence.block_keys[0] != start:
             sequence.block_keys = [start]
         num_findable = len(sequence.token_ids) - 1

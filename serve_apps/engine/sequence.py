@@ -12,7 +12,8 @@ from serve_apps.engine.text import TextStream
 class Sequence:
     """Mutable state of one request. The scheduler owns blocks, lease with its digest, and num_computed.
 
-    `eos_token_ids` are the model's own end tokens; `grammar` is the state of `request.sampling.grammar`.
+    `eos_token_ids` are the model's own end tokens; `grammar` is the state of `request.sampling.grammar`; beyond
+    `long_from` tokens the model's RoPE takes its long frequencies, for all positions.
     """
 
     def __init__(
@@ -24,8 +25,10 @@ class Sequence:
         tokenizer: Any,
         eos_token_ids: frozenset[int] = frozenset(),
         grammar: GrammarState | None = None,
+        long_from: int | None = None,
     ) -> None:
         self.request = request
+        self._long_from = long_from
         self.arrival = arrival
         self.max_new_tokens = max_new_tokens
         self.token_ids = list(request.prompt_token_ids)
@@ -61,6 +64,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Known tokens whose keys and values are not in the cache: 1 while decoding, more in prefill."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the long frequencies apply, so that keys computed for a shorter sequence are void."""
+        return self._long_from is not None and len(self.token_ids) > self._long_from
 
     def append(self, token_id: int) -> tuple[str, FinishReason | None]:
         """Add a chosen token; return the text it makes certain and, when it is the last, why."""

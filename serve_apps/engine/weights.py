@@ -20,6 +20,7 @@ from serve_apps.engine.model import Layer, Linear, Weights
 
 Packer = Callable[[Tensor], PackedWeight]
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Checkpoint:
@@ -45,12 +46,26 @@ class Checkpoint:
         if name not in self._files:
             raise CorruptModel(f"{self._base_path} lacks the tensor {name}")
         found = self._files[name].get_tensor(name)
+        if not found.is_floating_point():
+            raise CorruptModel(f"tensor {name} in {self._base_path} is {found.dtype}; dequantise it first")
         if found.shape != target.shape:
             raise CorruptModel(
                 f"tensor {name} in {self._base_path} is {list(found.shape)}; its config says {list(target.shape)}"
             )
         target.copy_(found)
         self._unread.discard(name)
+
+    def are_one(self, name: str, other: str) -> bool:
+        """Whether two names that the config ties stand for one tensor; then reading either will do.
+
+        As in transformers 5: one of them may be missing, and two tensors that differ are not tied whatever the config
+        says.
+        """
+        files, names = self._files, (name, other)
+        if files.keys() >= set(names) and not torch.equal(*(files[each].get_tensor(each) for each in names)):
+            return False
+        self._unread -= {name, other}
+        return True
 
     def check_all_read(self, *, ignore: tuple[str, ...]) -> None:
         """Raise CorruptModel when a tensor has no place in the forward: leaving it out would be silently wrong."""
@@ -73,18 +88,20 @@ def load_weights(
     with ExitStack() as stack:
         checkpoint = Checkpoint(base_path, stack)
         embedding = new(spec.vocab_size, spec.hidden_size)
-        checkpoint.read_into(embedding, "model.embed_tokens.weight")
-        if packer is not None and spec.tied:
+        tied = spec.tied and checkpoint.are_one(EMBEDDING, LM_HEAD)
+        is_headed = tied and EMBEDDING not in checkpoint and LM_HEAD in checkpoint
+        checkpoint.read_into(embedding, LM_HEAD if is_headed else EMBEDDING)
+        if packer is not None and tied:
             embedding = packer(embedding)
         layers = tuple(_read_layer(checkpoint, spec, index, new, packer) for index in range(spec.num_layers))
         norm = new(spec.hidden_size)
         checkpoint.read_into(norm, "model.norm.weight")
         lm_head = embedding
-        if not spec.tied:
+        if not tied:
             lm_head = new(spec.vocab_size, spec.hidden_size)
-            checkpoint.read_into(lm_head, "lm_head.weight")
+            checkpoint.read_into(lm_head, LM_HEAD)
             lm_head = lm_head if packer is None else packer(lm_head)
-        checkpoint.check_all_read(ignore=("rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
+        checkpoint.check_all_read(ignore=("rotary_emb.inv_freq",))
     return Weights(embedding, layers, norm, lm_head)
 
 
@@ -92,7 +109,10 @@ def _shards(base_path: Path) -> list[str]:
     if (base_path / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     if (base_path / INDEX_FILE).is_file():
-        return sorted(set(json.loads((base_path / INDEX_FILE).read_text())["weight_map"].values()))
+        try:
+            return sorted(set(json.loads((base_path / INDEX_FILE).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptModel(f"{base_path / INDEX_FILE} is not an index of shards: {error!r}") from error
     raise CorruptModel(f"{base_path} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model as safetensors")
 
 
@@ -105,7 +125,9 @@ def _read_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, new: Any, p
         return target
 
     def packed(group: str, block: str) -> Linear:
-        return _read_packed(checkpoint, spec, f"{prefix}{block}.", modules=GROUPS[group], new=new, packer=packer)
+        is_biased = group in spec.biased
+        where = f"{prefix}{block}."
+        return _read_packed(checkpoint, spec, where, modules=GROUPS[group], is_biased=is_biased, new=new, packer=packer)
 
     return Layer(
         input_norm=vector("input_layernorm.weight", spec.hidden_size),
@@ -125,6 +147,7 @@ def _read_packed(
     prefix: str,
     *,
     modules: tuple[str, ...],
+    is_biased: bool,
     new: Any,
     packer: Packer | None,
 ) -> Linear:
@@ -132,7 +155,7 @@ def _read_packed(
     sizes = [spec.linear_shape(module)[0] for module in modules]
     in_size = spec.linear_shape(modules[0])[1]
     weight_OI = _new_weight(sum(sizes), in_size, new) if packer is None else new(sum(sizes), in_size)
-    has_bias = f"{prefix}{modules[0]}.bias" in checkpoint
+    has_bias = is_biased and f"{prefix}{modules[0]}.bias" in checkpoint
     bias = new(sum(sizes)) if has_bias else None
     start = 0
     for module, size in zip(modules, sizes, strict=True):

@@ -20,7 +20,7 @@ from serve_apps.openai import canonical_digest, output_digest
 from serve_apps.spool import Spool, SpooledRow
 from tests.serve_apps.published import LocalBackend, Published, publish
 from tests.serve_apps.world import ANSWER, QUESTION, chat, error, events, opened
-from tests.tiny_model import QUESTIONS
+from tests.tiny_model import QUESTIONS, build_tokenizer
 
 
 def test_a_chat_is_answered_and_its_receipt_names_what_was_said(published: Published, tmp_path: Path) -> None:
@@ -103,6 +103,11 @@ def test_logprobs_are_in_openais_form(published: Published, tmp_path: Path) -> N
                 assert len(token["top_logprobs"]) == 2
                 assert token["logprob"] == pytest.approx(token["top_logprobs"][0]["logprob"])  # greedy: the best one
                 assert bytes(token["bytes"]).decode() == token["token"]
+            part = build_tokenizer().encode("é", add_special_tokens=False)[0]  # the first of its two bytes
+            biased = chat(logprobs=True, logit_bias={str(part): 100}, max_tokens=1)
+            reply = (await client.post("/v1/chat/completions", json=biased)).json()
+            (token,) = reply["choices"][0]["logprobs"]["content"]
+            assert (token["token"], token["bytes"]) == ("\ufffd", [0xC3])
             prompt = {"model": "tiny", "prompt": "Hi", "max_tokens": 3, "logprobs": 1, "temperature": 0}
             legacy = (await client.post("/v1/completions", json=prompt)).json()["choices"][0]["logprobs"]
             assert len(legacy["tokens"]) == len(legacy["token_logprobs"]) == len(legacy["text_offset"]) == 3

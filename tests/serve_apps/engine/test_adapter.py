@@ -166,6 +166,46 @@ def test_a_config_that_is_no_object_is_corrupt(config: str, copy: Path, spec: Mo
         read(ref(copy), spec)
 
 
+def test_all_linear_names_the_seven(spec: ModelSpec, strong_adapters: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT writes the names out when it saves; a config written by hand may say it in one word."""
+    folder = strong_adapters["strong-r8-all"]
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    set_config(tmp_path, target_modules="all-linear")
+    assert torch.equal(read(ref(tmp_path), spec).data, read(ref(folder), spec).data)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", "1"),
+        ("r", None),
+        ("r", True),
+        ("r", 1.0),
+        ("lora_alpha", "7"),
+        ("lora_alpha", float("inf")),
+        ("lora_alpha", float("nan")),
+        ("use_rslora", "no"),
+        ("rank_pattern", [1]),
+        ("rank_pattern", {"(": 1}),
+        ("rank_pattern", {"q_proj": "x"}),
+        ("alpha_pattern", {"q_proj": None}),
+        ("target_modules", 7),
+        ("target_modules", "("),
+        ("target_modules", [1]),
+        ("exclude_modules", 5),
+        ("layers_to_transform", "1"),
+        ("layers_pattern", ["("]),
+    ],
+)
+def test_a_field_that_cannot_be_followed_is_named(name: str, value: Any, copy: Path, spec: ModelSpec) -> None:
+    """By an error of the engine, at once: whoever adds a request must be able to tell it from a bug."""
+    set_config(copy, **{name: value})
+    for read_some in (read, inspect_adapter):
+        with pytest.raises(CorruptAdapter, match=rf"^{name}=.*{CONFIG_FILE} is not "):
+            read_some(ref(copy), spec)
+
+
 def test_missing_weights_are_corrupt_and_missing_folders_unknown(copy: Path, spec: ModelSpec) -> None:
     (copy / WEIGHTS_FILE).unlink()
     with pytest.raises(CorruptAdapter, match=WEIGHTS_FILE):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kernels.lora import MODULES
+from serve_apps.engine import lora_memory
 from serve_apps.engine.adapter_pool import AdapterPool, Lease
 from serve_apps.engine.config import AdapterRef
 from serve_apps.engine.errors import AdapterCacheFull, AdapterInUse, AdapterTooLarge, CorruptAdapter
@@ -151,6 +152,29 @@ def test_holes_too_small_for_an_adapter_are_moved_together() -> None:
     for number, lease in leases.items():
         check_content(pool, lease.adapter_row, number)
     pool.check_integrity()
+
+
+@pytest.mark.parametrize("staging_elements", [LINE // 2, LINE * 3 // 2, BUDGET * LINE])
+def test_moving_asks_for_no_memory(staging_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full device a compaction that fails half-way would leave a table that names other adapters' weights."""
+    monkeypatch.setattr(lora_memory, "STAGING_BYTES", staging_elements * 4)
+    pool = pool_of()
+    clone = torch.Tensor.clone
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            raise torch.OutOfMemoryError("no room")
+        return clone(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", full)
+    for number in (2, 4, 1):
+        pool.load(ref(number))
+    leases = {number: pool.acquire(ref(number)) for number in (4, 1)}
+    pool.unload("2")
+    leases[5] = pool.acquire(ref(5))
+    assert pool.stats()["adapter_moved_bytes"] == 5 * LINE * 4
+    for number, lease in leases.items():
+        check_content(pool, lease.adapter_row, number)
 
 
 def test_unload_returns_every_byte() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from benchmarks.cuda.random_llama import Shape, write_checkpoint
 from configs import env
@@ -15,7 +16,7 @@ from kernels.native import load
 from serve_apps.engine import weights
 from serve_apps.engine.architecture import read_spec
 from serve_apps.engine.errors import CorruptModel, UnsupportedModel
-from tests.serve_apps.engine.engine_cases import engine_for
+from tests.serve_apps.engine.engine_cases import engine_for, request, run
 
 
 @pytest.fixture
@@ -40,9 +41,13 @@ def set_config(folder: Path, **values: Any) -> None:
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised .gptq."),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type='dynamic' .* default, linear, llama3, yarn",
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type='spiral' .* default, linear, dynamic, yarn, longrope, llama3, proportional",
         ),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor .* 1.0"),
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention.* full_attention, sliding"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 .* num_key_value_heads=3"),
+        ({"num_attention_heads": 0}, r"config\.json is not readable as one of Llama"),
     ],
 )
 def test_unsupported_models(values: dict[str, Any], message: str, copy: Path) -> None:
@@ -79,6 +84,71 @@ def test_spoiled_weights_are_named(copy: Path) -> None:
         engine_for(copy)
     file.unlink()
     with pytest.raises(CorruptModel, match="neither"):
+        engine_for(copy)
+
+
+def test_a_tensor_of_integers_is_refused(copy: Path) -> None:
+    """Quantised weights whose config does not say so would be read as if each step were a one."""
+    file = copy / "model.safetensors"
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**load_file(file), name: torch.ones(160, 64, dtype=torch.int8)}, file)
+    with pytest.raises(CorruptModel, match=rf"{name} .* torch\.int8; dequantise"):
+        engine_for(copy)
+
+
+def test_a_model_without_a_tokenizer_is_named(copy: Path) -> None:
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CorruptModel, match=f"base_path={copy} has no readable tokenizer: "):
+        engine_for(copy)
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_a_broken_index_of_shards_is_named(index: str, copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CorruptModel, match=r"model\.safetensors\.index\.json is not an index of shards"):
+        engine_for(copy)
+
+
+def head_logprobs(folder: Path) -> tuple[list[float], list[float]]:
+    """The best log-probabilities after a prompt: transformers' and the engine's."""
+    prompt = [5, 6, 7, 8]
+    (output,) = run(engine_for(folder), [request("r", prompt, max_tokens=1, logprobs=5)])["r"]
+    assert output.logprobs is not None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    top = output.logprobs[0].top
+    return [float(expected[token_id]) for token_id, _ in top], [logprob for _, logprob in top]
+
+
+@pytest.mark.parametrize("native_kernels", ["c", "torch"])
+@pytest.mark.parametrize("held", ["equal", "different", "the head alone"])
+def test_a_tied_config_over_a_file_with_a_head(
+    held: str, native_kernels: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5 ties equal tensors, keeps different ones apart, and takes the one that is there."""
+    if native_kernels == "torch":
+        monkeypatch.setenv("TRAILMARK_NATIVE_KERNELS", "0")
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    head = embedding.clone() if held != "different" else embedding.flip(0).contiguous()
+    if held == "the head alone":
+        del tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": head}, file, metadata={"format": "pt"})
+    expected, actual = head_logprobs(copy)
+    assert actual == pytest.approx(expected, abs=1e-4)
+
+
+def test_biases_that_the_config_does_not_have_are_not_added(copy: Path) -> None:
+    """transformers passes over them; computing with them would be another model's answer, so they are named."""
+    file = copy / "model.safetensors"
+    sizes = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
+    biases = {f"model.layers.0.self_attn.{name}.bias": torch.ones(size) for name, size in sizes.items()}
+    save_file({**load_file(file), **biases}, file)
+    with pytest.raises(CorruptModel, match=r"does not use: model\.layers\.0\.self_attn\.k_proj\.bias"):
         engine_for(copy)
 
 

@@ -4,12 +4,14 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serve_apps.engine.async_engine import AsyncEngine
-from serve_apps.engine.config import EngineConfig, Output, Request
+from serve_apps.engine.config import AdapterRef, EngineConfig, Output, Request
 from serve_apps.engine.errors import EngineClosed, InvalidRequest, UnknownAdapter
+from serve_apps.engine.packed_adapter import PackedAdapter
 from tests.serve_apps.engine.engine_cases import engine_for, prompts, ref, request, run, text, tokens
 
 
@@ -130,6 +132,38 @@ def test_adapters_load_and_unload(engine: AsyncEngine, strong_adapters: dict[str
         assert engine.stats()["adapters_resident"] == [adapter.digest]
         assert await engine.unload(adapter.digest) and not await engine.unload(adapter.digest)
         assert engine.stats()["adapter_bytes"] == 0
+
+    asyncio.run(main())
+
+
+def test_cold_adapters_hold_no_thread_that_others_need(
+    engine: AsyncEngine, strong_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many on their way from disk: receipts, which are synced on the loop's threads, go on. Leaving harms no waiter."""
+    is_open, folder = threading.Event(), strong_adapters["strong-r1-qv"]
+    host: Any = engine._engine.pool._host
+    read = host._read
+
+    def gated(adapter: AdapterRef) -> PackedAdapter:
+        assert is_open.wait(60)
+        return read(adapter)
+
+    monkeypatch.setattr(host, "_read", gated)
+
+    async def main() -> None:
+        refs = [AdapterRef(f"sha256:cold{index}", str(folder)) for index in range(40)]
+        cold = [
+            asyncio.create_task(collect(engine.generate(request(each.digest, [5, 6], each, max_tokens=1))))
+            for each in refs
+        ]
+        leaver = asyncio.create_task(engine.load(refs[39]))
+        await until(lambda: engine.stats()["adapters_loading"] == 40)
+        leaver.cancel()
+        try:
+            await asyncio.wait_for(asyncio.to_thread(lambda: None), 10)
+        finally:
+            is_open.set()
+        assert all(outputs[-1].finish_reason == "length" for outputs in await asyncio.gather(*cold))
 
     asyncio.run(main())
 

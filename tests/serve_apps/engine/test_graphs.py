@@ -76,17 +76,34 @@ def test_a_batch_beyond_the_largest_bucket_runs_without(tiny_base: Path) -> None
     assert all(len(tokens(each)) == 2 for each in outputs.values())
 
 
-def test_a_bucket_that_does_not_fit_is_left_out(tiny_base: Path) -> None:
-    """Out of memory while capturing costs the graph, not the request."""
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), RuntimeError("operation failed due to a previous error")]
+)
+def test_a_bucket_that_cannot_be_captured_is_left_out(error: Exception, tiny_base: Path) -> None:
+    """Out of memory while capturing costs the graph, not the request; it is tried once."""
     engine, _ = triton_engine(tiny_base)
+    num_tries = 0
 
     def refuse(compute: Callable[[], Tensor]) -> Captured:
-        raise torch.OutOfMemoryError("no room")
+        nonlocal num_tries
+        num_tries += 1
+        raise error
 
     graphs = engine._runner.graphs = engine._runner.build_graphs(refuse, max_batch=2)
-    outputs = run(engine, [request("r0", [5, 6, 7], max_tokens=2)])
-    assert len(tokens(outputs["r0"])) == 2
-    assert graphs.num_captured == 0
+    outputs = run(engine, [request("r0", [5, 6, 7], max_tokens=3)])
+    assert len(tokens(outputs["r0"])) == 3
+    assert (graphs.num_captured, num_tries) == (0, 1)
+
+
+def test_a_step_brings_the_device_no_list_per_sequence(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a found prefix are no neighbours; a list of slots for each such sequence would wait for the device."""
+    engine, _ = triton_engine(tiny_base)
+    monkeypatch.setattr("serve_apps.engine.batch._attention_run", None)
+    shared = list(range(5, 17))
+    outputs = run(engine, [request("first", [*shared, 20], max_tokens=2)])
+    outputs |= run(engine, [request("second", [*shared, 30, 31], max_tokens=2)])
+    assert engine.stats()["prefix_hit_tokens"] == 12
+    assert [len(tokens(rows)) for rows in outputs.values()] == [2, 2]
 
 
 def test_buckets() -> None:

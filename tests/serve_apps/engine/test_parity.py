@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from serve_apps.engine.engine import Engine
-from tests.serve_apps.engine.engine_cases import Oracle, engine_for, prompts, ref, request, run, tokens
+from tests.serve_apps.engine.engine_cases import TIE, Oracle, engine_for, prompts, ref, request, run, tokens
 from tests.tiny_model import build_tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -37,6 +37,13 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 2.5, 3.0, 4.0],
+    "original_max_position_embeddings": 16,
+}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama untied, biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
@@ -44,11 +51,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama3 rope": LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE),
     "yarn rope": LlamaConfig(**SHAPE, rope_parameters=YARN_ROPE),
     "linear rope": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+    "dynamic rope": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "proportional rope": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "proportional", "rope_theta": 1e4}),
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
     "mistral sliding": MistralConfig(**SHAPE, sliding_window=7),
     "qwen2": Qwen2Config(**SHAPE),
     "qwen2 sliding": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=1),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "qwen3 biases": Qwen3Config(**SHAPE, head_dim=16, attention_bias=True, tie_word_embeddings=True),
 }
 
 
@@ -89,6 +99,28 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     actual = engine_logits(engine_for(tmp_path, max_step_tokens=8), token_ids)
     # max_step_tokens 8 cuts the longer prefixes into chunks: only each one's last logits are asked for.
     assert (actual - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("body", ["c", "torch", "triton"])
+def test_longrope_takes_the_factors_of_the_whole_length(body: str, tmp_path: Path) -> None:
+    """Each token is the one that transformers finds best after its whole prefix, on both sides of the original length.
+
+    Answers that grow beyond it have their keys computed anew; what was cached before is not found again.
+    """
+    model = save_random(LlamaConfig(**SHAPE, rope_parameters=LONG_ROPE), tmp_path)
+    engine = engine_for(tmp_path, max_step_tokens=8, native_kernels=body == "c")
+    if body == "triton":
+        engine._runner.model.cuda_forward = engine._runner.model.build_cuda_forward()
+    whole = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(1)).tolist()
+    asked = {str(length): whole[:length] for length in (9, 15, 16, 17, 24)}
+    for _ in range(2):
+        outputs = run(engine, [request(name, prompt, max_tokens=6) for name, prompt in asked.items()])
+        for name, prompt in asked.items():
+            for step, token in enumerate(produced := tokens(outputs[name])):
+                with torch.inference_mode():
+                    logits = model(torch.tensor([prompt + produced[:step]])).logits[0, -1]
+                assert float(logits.max() - logits[token]) < TIE, f"token {step} after {len(prompt)}"
+    assert int(str(engine.stats()["prefix_hit_tokens"])) > 0, "no prefix was found again"
 
 
 def test_sharded_checkpoint(tmp_path: Path) -> None:
@@ -160,6 +192,16 @@ PEFT_OPTIONS: dict[str, dict[str, Any]] = {
     "layers_to_transform": {"layers_to_transform": [1]},
     "layers_to_transform and pattern": {"layers_to_transform": 0, "layers_pattern": "layers"},
     "regex": {"target_modules": r".*\.0\..*(q|up)_proj"},
+    "first pattern of several": {"rank_pattern": {".*_proj": 2, "q_proj|v_proj": 6}, "alpha_pattern": {".*": 9}},
+    "alternatives": {
+        "rank_pattern": {r"layers\.[1-9]\.mlp\.(up|down)_proj|q_proj": 4},
+        "alpha_pattern": {"^model.*v_proj$": 3},
+    },
+    "exclude by regex": {"exclude_modules": r".*\.1\..*"},
+    "layers and full names": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+        "layers_to_transform": [1],
+    },
     "exclude": {"exclude_modules": ["model.layers.0.mlp.up_proj", "k_proj"]},
     "gaussian": {"init_lora_weights": "gaussian"},
 }

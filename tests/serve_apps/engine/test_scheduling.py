@@ -170,6 +170,7 @@ def test_a_full_adapter_cache_lets_others_run(tiny_base: Path, strong_adapters: 
     """Room for one adapter: the second one's request waits, the base request behind it does not, all finish."""
     folders = [strong_adapters["strong-r8-all"], strong_adapters["strong-r2-mlp"]]
     engine = engine_for(tiny_base, adapter_cache_bytes=_largest(tiny_base, folders))
+    engine.load(ref(folders[0]))
     asked = prompts(engine, 3)
     engine.add(request("first", asked[0], ref(folders[0]), max_tokens=30))
     engine.step()
@@ -186,6 +187,7 @@ def test_a_passed_over_request_is_not_starved(tiny_base: Path, strong_adapters: 
     """Traffic that never lets the only place in the cache go yields after a bounded number of admissions."""
     folders = [strong_adapters["strong-r8-all"], strong_adapters["strong-r2-mlp"]]
     engine = engine_for(tiny_base, adapter_cache_bytes=_largest(tiny_base, folders), max_num_seqs=2)
+    engine.load(ref(folders[0]))
     engine.add(request("hot", [5, 6], ref(folders[0]), max_tokens=4))
     engine.step()
     engine.add(request("cold", [5, 6], ref(folders[1]), max_tokens=1))

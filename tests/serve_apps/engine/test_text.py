@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_apps.engine.text import REPLACEMENT, TextStream
+from serve_apps.engine.text import REPLACEMENT, TextStream, token_bytes
 from tests.tiny_model import build_tokenizer
 
 TOKENIZER: Any = build_tokenizer()
@@ -72,6 +72,40 @@ def test_a_stop_string_across_tokens_never_leaks() -> None:
     deltas, is_stopped = stream(token_ids, ("STOP t", "zzz"))
     assert is_stopped and "".join(deltas) == "one STOPPED two "
     assert "".join(stream(token_ids, ("STOP",))[0]) == "one "
+
+
+class Bytes:
+    """A tokenizer whose tokens are any bytes, as merges of byte-level BPE may be."""
+
+    def __init__(self, *tokens: bytes) -> None:
+        self.tokens = tokens
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        return b"".join(self.tokens[token_id] for token_id in token_ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("may_stop", [True, False])
+def test_a_stop_string_before_half_a_character_does_not_leak_at_the_end(may_stop: bool) -> None:
+    """The token that completes it also begins a character, so its text waits; then the answer is cut off."""
+    text = TextStream(Bytes(b"one ST", b"OP \xe2"), (), stop=("STOP",))
+    assert [text.push(token_id, may_stop=may_stop) for token_id in (0, 1)] == ["one ", ""]
+    assert text.finish() == ("" if may_stop else "STOP ")
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_the_bytes_of_tokens_add_up(sample: str) -> None:
+    """Also where each token alone is no text."""
+    token_ids = TOKENIZER.encode(sample, add_special_tokens=False)
+    assert b"".join(token_bytes(TOKENIZER, token_id) for token_id in token_ids) == sample.encode()
+    assert token_bytes(TOKENIZER, 2) == b"<|im_end|>"
+
+
+def test_byte_fallback_tokens_are_their_byte() -> None:
+    class Fallback(Bytes):
+        def convert_ids_to_tokens(self, token_id: int) -> str:
+            return f"<0x{self.tokens[token_id].hex().upper()}>"
+
+    assert token_bytes(Fallback(b"\xe2"), 0) == b"\xe2"
 
 
 def test_the_earliest_of_several_stop_strings_counts() -> None:
