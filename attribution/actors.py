@@ -173,21 +173,24 @@ class Scorer:
         self._settings = settings
         self._models = AdapterModels()
         self._stores = OpenStores(self._trail)
-        self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, int], dict[str, Any]] = OrderedDict()
 
     def ready(self) -> bool:
         """Answer once the scorer is up; the base model is read when the first receipt is explained."""
         return True
 
-    def explain(self, receipt_id: str) -> dict[str, Any]:
+    def explain(self, receipt_id: str, num_examples: int | None = None) -> dict[str, Any]:
         """Return `Attribution.to_dict()` of a receipt and record it. Raises UserError."""
-        if receipt_id not in self._answers:
-            found = explain(self._trail, receipt_id, self._settings, models=self._models, record=True)
-            self._answers[receipt_id] = found.to_dict()
-        self._answers.move_to_end(receipt_id)
+        asked = receipt_id, num_examples or self._settings.top_examples
+        if asked not in self._answers:
+            found = explain(
+                self._trail, receipt_id, self._settings, models=self._models, record=True, num_examples=asked[1]
+            )
+            self._answers[asked] = found.to_dict()
+        self._answers.move_to_end(asked)
         while len(self._answers) > NUM_CACHED_ANSWERS:
             self._answers.popitem(last=False)
-        return self._answers[receipt_id]
+        return self._answers[asked]
 
     def question(self, receipt_id: str) -> "Question":
         """Return a receipt as a question to its adapter's gradient store. Raises UserError."""
@@ -272,12 +275,12 @@ def scorers() -> list[Any]:
             return found
 
 
-def explain_remotely(receipt_id: str) -> dict[str, Any]:
+def explain_remotely(receipt_id: str, num_examples: int | None = None) -> dict[str, Any]:
     """Return a receipt's attribution from the connected cluster's first scorer. Raises UserError as `explain` does."""
     found = scorers()
     if not found:
         raise ray.exceptions.RayActorError(error_msg="no scorer runs in this cluster")
-    answer: dict[str, Any] = _ask(found[0].explain.remote(receipt_id))
+    answer: dict[str, Any] = _ask(found[0].explain.remote(receipt_id, num_examples))
     return answer
 
 

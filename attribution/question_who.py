@@ -7,7 +7,13 @@ from attribution.answers import Answer, Cost, Finding, Missing, Unexplained, lin
 from attribution.influence.store import TraceError
 from attribution.influence.who import ExplainError
 from attribution.lineage import Lineage
-from attribution.receipt_evidence import audited_findings, lineage_findings, rows_per_contributor, spans_of
+from attribution.receipt_evidence import (
+    audited_findings,
+    lineage_findings,
+    rows_per_contributor,
+    spans_of,
+    with_spans,
+)
 from attribution.receipts import find_receipt
 from attribution.store import StoreError
 
@@ -49,7 +55,7 @@ def ask_who(trail: "Trail", receipt_id: str, *, explain: Callable[[str], dict[st
         method=found["method"],
         confidence=found["confidence"],
         seed=found["seed"],
-        details={**found, "verbatim": verbatim},
+        details={**found, "examples": with_spans(found["examples"], verbatim), "verbatim": verbatim},
         cost=_cost(found, rows),
         records=records_of(trail, links_of(findings)),
         problem=problem,
@@ -90,10 +96,11 @@ def _rows(
     trail: "Trail", found: dict[str, Any], names: dict[str, str]
 ) -> tuple[dict[str, int], dict[str, Any] | None, str]:
     """Return (training rows by key id, verbatim spans, why they could not be had)."""
+    also = {example["example_id"] for example in found["examples"]}
     try:
         return (
             rows_per_contributor(trail, found["adapter"]),
-            spans_of(trail, found["receipt_id"], names=names),
+            spans_of(trail, found["receipt_id"], names=names, also=also),
             "",
         )
     except (StoreError, TraceError) as error:

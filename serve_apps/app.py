@@ -70,14 +70,14 @@ class ServeBackend:
             if not is_finished:
                 response.cancel()
 
-    async def explain(self, receipt_id: str) -> dict[str, Any] | Problem:
+    async def explain(self, receipt_id: str, num_examples: int | None = None) -> dict[str, Any] | Problem:
         """Ask the next scorer in turn."""
         found = await asyncio.to_thread(scorers)
         if not found:
             return overloaded("No scorer is running; `trailmark up` starts them.", retry_after_s=10).problem
         scorer = found[next(self._turn) % len(found)]
         try:
-            explained: dict[str, Any] = await scorer.explain.remote(receipt_id)
+            explained: dict[str, Any] = await scorer.explain.remote(receipt_id, num_examples)
             return explained
         except RayError as error:
             cause = getattr(error, "cause", None)  # Ray's own text is the remote traceback

@@ -38,7 +38,10 @@ class ContributorPart:
 
 @dataclass(frozen=True)
 class ExamplePart:
-    """One training row and the nats by which it is predicted to have raised the completion's log-likelihood."""
+    """One training row and the nats by which it is predicted to have raised the completion's log-likelihood.
+
+    `bm25`, `bm25_rank`: what word search gives the row, and its place there among all rows, from 1.
+    """
 
     example_id: str
     contributor: str
@@ -47,6 +50,18 @@ class ExamplePart:
     low: float
     high: float
     text: str
+    bm25: float
+    bm25_rank: int
+
+
+@dataclass(frozen=True)
+class BaselineExample:
+    """A row that word search finds, best first."""
+
+    example_id: str
+    contributor: str
+    name: str
+    score: float
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,7 @@ class Attribution:
     unattributed: float
     examples: tuple[ExamplePart, ...]
     baselines: dict[str, tuple[BaselineRank, ...]]
+    bm25_examples: tuple[BaselineExample, ...]
     method: str
     label: str
     confidence: float

@@ -8,8 +8,15 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from attribution.erasure import remaining
-from attribution.influence.answer import Attribution, BaselineRank, ContributorPart, ExamplePart, Gain
-from attribution.influence.bm25 import Ranked, bm25_ranking, random_ranking
+from attribution.influence.answer import (
+    Attribution,
+    BaselineExample,
+    BaselineRank,
+    ContributorPart,
+    ExamplePart,
+    Gain,
+)
+from attribution.influence.bm25 import Ranked, WordMatches, random_ranking
 from attribution.influence.rows import StoreRows, TraceRows, rows_of
 from attribution.influence.scores import (
     Normalise,
@@ -69,7 +76,7 @@ class ExplainSettings:
 
 @dataclass(frozen=True)
 class Subject:
-    """The receipted completion and where its parts lie."""
+    """The receipted completion and where its parts lie. `text`: what was asked and answered, as words are searched."""
 
     receipt: dict[str, Any]
     leaf_hash: str
@@ -96,10 +103,12 @@ def explain(
     *,
     models: "AdapterModels | None" = None,
     record: bool = False,
+    num_examples: int | None = None,
 ) -> Attribution:
     """Return who made the completion of `receipt_id` (or a unique prefix of it).
 
     `models` keeps the base in memory between calls. With `record` an `influence` record is appended, once per answer.
+    `num_examples`: rows listed, of the scores and of BM25; `settings.top_examples` by default.
     Raises ExplainError for an unknown, erased or empty completion; TraceError for a broken trace.
     """
     settings = settings or ExplainSettings()
@@ -112,14 +121,20 @@ def explain(
     if trace is None:
         return _answer(subject, settings, base_did_it=gain.is_of_base, reason=NO_TRACE, gain=gain)
     names = _contributor_names(trail)
-    baselines = _baselines(trace, subject, settings, names)
+    num_examples = num_examples or settings.top_examples
+    words = WordMatches.of(trace.examples, subject.text)
+    beside: dict[str, Any] = {
+        "gain": gain,
+        "baselines": _baselines(words, subject, settings, names),
+        "bm25_examples": bm25_examples(words, names, num_examples),
+    }
     if gain.is_of_base:
-        reason = _base_reason(gain)
-        return _answer(subject, settings, base_did_it=True, reason=reason, gain=gain, baselines=baselines)
+        return _answer(subject, settings, base_did_it=True, reason=_base_reason(gain), **beside)
     if not models.is_own(trace, models.folder(trail.store, subject.receipt["adapter"])):
-        return _answer(subject, settings, base_did_it=False, reason=OTHER_WEIGHTS, gain=gain, baselines=baselines)
+        return _answer(subject, settings, base_did_it=False, reason=OTHER_WEIGHTS, **beside)
     scored = _score(trail, subject, settings, models, trace)
-    attribution = _credited(subject, settings, scored, gain=gain, baselines=baselines, names=names)
+    examples = _top_examples(scored, settings, names, words, num_examples)
+    attribution = _credited(subject, settings, scored, names=names, examples=examples, **beside)
     if record:
         record_influence(trail, attribution, scored.trace, scored.parts)
     return attribution
@@ -181,15 +196,13 @@ def subject_of(trail: "Trail", receipt_id: str) -> Subject:
     if not output_ids:
         raise ExplainError(f"receipt {receipt['id']}: the completion has no token, so nothing made it")
     completion = Completion(tuple(content["prompt_token_ids"]), output_ids)
-    return Subject(receipt, stored.leaf_hash, completion, f"{_prompt_text(content)}\n{content['output_text']}")
+    return Subject(receipt, stored.leaf_hash, completion, searched_text(content))
 
 
-def _prompt_text(content: dict[str, Any]) -> str:
-    """Return what the user asked: the prompt, or the last user turn of the messages."""
-    if content.get("prompt"):
-        return str(content["prompt"])
+def searched_text(content: dict[str, Any]) -> str:
+    """Return what was asked (the prompt, or the last user turn of the messages) and answered."""
     turns = [message["content"] for message in content.get("messages", ()) if message["role"] == "user"]
-    return str(turns[-1]) if turns else ""
+    return f"{content.get('prompt') or (turns[-1] if turns else '')}\n{content['output_text']}"
 
 
 def _new_models() -> "AdapterModels":
@@ -232,9 +245,8 @@ def _credited(
     settings: ExplainSettings,
     scored: _Scored,
     *,
-    gain: Gain,
-    baselines: dict[str, tuple[BaselineRank, ...]],
     names: dict[str, str],
+    **beside: Any,
 ) -> Attribution:
     contributors = [example.contributor for example in scored.trace.examples]
     key_ids, summed = sum_by_contributor(scored.parts, contributors)
@@ -248,12 +260,10 @@ def _credited(
         settings,
         base_did_it=False,
         reason=reason,
-        gain=gain,
         contributors=parts,
         unattributed=unattributed / MICRO,
-        examples=_top_examples(scored, settings, names),
-        baselines=baselines,
         method=_method(scored, settings),
+        **beside,
     )
 
 
@@ -270,32 +280,50 @@ def _part(share: Share, share_micro: int, names: dict[str, str]) -> ContributorP
     )
 
 
-def _top_examples(scored: _Scored, settings: ExplainSettings, names: dict[str, str]) -> tuple[ExamplePart, ...]:
+def _top_examples(
+    scored: _Scored, settings: ExplainSettings, names: dict[str, str], words: WordMatches, num_examples: int
+) -> tuple[ExamplePart, ...]:
     totals = scored.parts.sum(axis=(0, 1))
-    rows = sorted(range(len(totals)), key=lambda row: (-totals[row], row))[: settings.top_examples]
+    rows = sorted(range(len(totals)), key=lambda row: (-totals[row], row))[:num_examples]
     draws = bootstrap(scored.parts[:, :, rows], num_draws=settings.num_bootstrap, seed=settings.seed)
+    places = words.places({scored.trace.examples[row].example_id for row in rows})
     found = []
     for column, row in enumerate(rows):
         example = scored.trace.examples[row]
         spread = interval(draws[:, column], confidence=settings.confidence)
-        name = _name(names, example.contributor)
-        text = example.text[:MAX_TEXT_CHARS]
         found.append(
             ExamplePart(
-                example.example_id, example.contributor, name, float(totals[row]), spread.low, spread.high, text
+                example.example_id,
+                example.contributor,
+                _name(names, example.contributor),
+                float(totals[row]),
+                spread.low,
+                spread.high,
+                example.text[:MAX_TEXT_CHARS],
+                *places[example.example_id],
             )
         )
     return tuple(found)
 
 
 def _baselines(
-    trace: Trace, subject: Subject, settings: ExplainSettings, names: dict[str, str]
+    words: WordMatches, subject: Subject, settings: ExplainSettings, names: dict[str, str]
 ) -> dict[str, tuple[BaselineRank, ...]]:
     rankings = {
-        "bm25": bm25_ranking(trace.examples, subject.text, num_hits=settings.top_examples),
-        "random": random_ranking(trace.examples, seed=f"{settings.seed}:{subject.receipt['id']}"),
+        "bm25": words.contributors(settings.top_examples),
+        "random": random_ranking(words.examples, seed=f"{settings.seed}:{subject.receipt['id']}"),
     }
     return {name: _named(ranking, names) for name, ranking in rankings.items()}
+
+
+def bm25_examples(words: WordMatches, names: dict[str, str], num_examples: int) -> tuple[BaselineExample, ...]:
+    """Return the rows that word search finds for what was asked and answered."""
+    found = []
+    for row in words.best(num_examples):
+        example = words.examples[row]
+        name = _name(names, example.contributor)
+        found.append(BaselineExample(example.example_id, example.contributor, name, float(words.scores[row])))
+    return tuple(found)
 
 
 def _named(ranking: Sequence[Ranked], names: dict[str, str]) -> tuple[BaselineRank, ...]:
@@ -332,6 +360,7 @@ def _answer(
     unattributed: float = 1.0,
     examples: tuple[ExamplePart, ...] = (),
     baselines: dict[str, tuple[BaselineRank, ...]] | None = None,
+    bm25_examples: tuple[BaselineExample, ...] = (),
     method: str = "adapter-gain/v1: log-likelihood of the completion under adapter and base",
 ) -> Attribution:
     receipt = subject.receipt
@@ -349,6 +378,7 @@ def _answer(
         unattributed=unattributed,
         examples=examples,
         baselines=baselines or {},
+        bm25_examples=bm25_examples,
         method=method,
         label=LABEL,
         confidence=settings.confidence,

@@ -146,6 +146,14 @@ def test_the_site_answers_each_question(client: TestClient, log: ExampleLog, nam
         assert "71.0%" in response.text
 
 
+def test_the_site_lists_rows_by_their_ids(client: TestClient, log: ExampleLog) -> None:
+    page = client.get("/trailmark/ask/who", params={"receipt": log.receipt_ids[0], "examples": "20"}).text
+    assert f"<code>{log.keys[HOSTILE].key_id[:8]}-0</code>" in page and 'name="examples" value="20"' in page
+    for wrong in ("0", "101", "x", "-1", "1.5", "²"):
+        refused = client.get("/trailmark/ask/who", params={"receipt": log.receipt_ids[0], "examples": wrong})
+        assert refused.status_code == 404 and "whole number from 1 to 100" in refused.text
+
+
 def test_the_site_says_what_it_cannot_answer(client: TestClient, log: ExampleLog) -> None:
     unasked = client.get("/trailmark/ask/who")
     assert unasked.status_code == 200 and log.receipt_ids[0] in unasked.text
