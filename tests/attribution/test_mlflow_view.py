@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from attribution.bodies import ApprovalBody, MetricChange, WorkflowEffectBody, WorkflowRunBody
+from attribution.bodies import (
+    ApprovalBody,
+    MetricChange,
+    RowRedactionBody,
+    TableRewrite,
+    WorkflowEffectBody,
+    WorkflowRunBody,
+)
 from attribution.erasure import erase
 from attribution.mlflow_datasets import TAG_ROWS
 from attribution.mlflow_notes import Credit, credits_json, escape, note
@@ -443,6 +450,27 @@ def test_away_server_moves_nothing_and_an_emptied_one_is_refilled_by_the_followe
     damaged = next(log.trail.entry(aside.log_index) for aside in refilled.asides() if "100%" not in aside.error)
     assert len(asides) == 2 and [item.leaf for item in differences] == [damaged.leaf_hash]  # the other has its run
     refilled.close()
+
+
+def test_an_erased_row_leaves_a_real_server(log: ExampleLog, server: MlflowProcess, client: Any) -> None:
+    trail, leaf = log.trail, log.refinement.leaf_hash
+    view = MlflowView(trail, server.uri)
+    view.sync()
+    before = log.refinement.record.body.rows  # type: ignore[union-attr]
+    table = trail.get_table(before)
+    gone = table.slice(0, 1).to_pylist()[0]
+    after = trail.put_table(table.slice(1))
+    rewritten = tuple(TableRewrite(part, leaf, before, after, len(table) - 1) for part in ("refined", "rows"))  # type: ignore[arg-type]
+    body = RowRedactionBody(gone["dataset"], (gone["line_number"],), rewritten, "she asked")
+    trail.record("row_redaction", body, parents=[gone["dataset"], leaf])
+    assert view.sync() == 1
+    experiment = str(client.get_experiment_by_name("trailmark").experiment_id)
+    (dataset,) = rows_of(client, experiment)
+    records, _ = view._connect().server.traces.store._load_dataset_records(dataset.dataset_id)
+    held = {record.inputs["example_id"] for record in records}
+    assert held == set(table.column("example_id").to_pylist()) - {gone["example_id"]}
+    assert "dataset" not in {item.role for item in view.reconcile(repair=False)}
+    view.close()
 
 
 def test_what_was_erased_leaves_a_real_server(log: ExampleLog, server: MlflowProcess, client: Any) -> None:
