@@ -32,8 +32,7 @@ from attribution.trust_file import OPERATOR
 
 if TYPE_CHECKING:
     from attribution.trail import Entry, Trail
-    from attribution.trust_file import OPERATOR
-from configs.schema import CreditSettings
+    from configs.schema import CreditSettings
 
 MICRO = 1_000_000
 
