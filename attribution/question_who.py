@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attribution.answers import Answer, Cost, Finding, Missing, Unexplained, links_of, records_of
+from attribution.influence.rows import ShardsElsewhere
 from attribution.influence.store import TraceError
 from attribution.influence.who import ExplainError
 from attribution.lineage import Lineage
 from attribution.receipt_evidence import (
     audited_findings,
     lineage_findings,
+    num_erased_rows,
     rows_per_contributor,
     spans_of,
     with_spans,
@@ -25,6 +27,7 @@ NO_AUDIT = Missing(
     "cause: shares are stable under reweighting, not tested by leaving rows out",
     "trailmark audit RECEIPT, for small removals; trailmark settle ADAPTER, for what whole contributors are worth",
 )
+ONE_MACHINE = "copy the store's shards to one machine, and ask there"
 MERGED = "this adapter was merged from others, so no training run of its own says which rows matter"
 
 
@@ -51,7 +54,10 @@ def ask_who(trail: "Trail", receipt_id: str, *, explain: Callable[[str], dict[st
         question=QUESTION,
         summary=_summary(found),
         findings=tuple(findings),
-        missing=tuple(_missing(found, findings, is_unscored=is_unscored, is_audited=bool(audited))),
+        missing=(
+            *_missing(found, findings, is_unscored=is_unscored, is_audited=bool(audited)),
+            *([] if problem else _erased(trail, found)),
+        ),
         method=found["method"],
         confidence=found["confidence"],
         seed=found["seed"],
@@ -85,6 +91,8 @@ def _in_part(trail: "Trail", receipt_id: str, error: Exception) -> Answer:
 
 
 def _remedy(error: Exception, receipt_id: str) -> str:
+    if isinstance(error, ShardsElsewhere):
+        return ONE_MACHINE
     if isinstance(error, StoreError):
         return "trailmark fsck names every file that is damaged; restore it from a copy"
     if isinstance(error, TraceError):
@@ -139,7 +147,8 @@ def _verdict(part: dict[str, Any]) -> str:
 def _of_model(found: dict[str, Any], links: tuple[str, ...]) -> Finding:
     """Base or adapter, where no contributor is named."""
     gain, confidence = found["gain_nats"], found["confidence"]
-    verdict = "the base made it" if found["base_did_it"] else "the adapter made it, its rows are unknown"
+    unshared = "its rows are ranked only" if found["examples"] else "its rows are unknown"
+    verdict = "the base made it" if found["base_did_it"] else f"the adapter made it, {unshared}"
     if gain is None:
         if not found["base_did_it"]:
             verdict = "nobody was credited"
@@ -163,8 +172,10 @@ def _missing(found: dict[str, Any], findings: list[Finding], *, is_unscored: boo
     if is_unscored:
         is_merged = any(finding.kind == "adapter" for finding in findings)
         remedy = "ask of answers of the adapters it was merged from" if is_merged else "train again: it leaves a trace"
+        if found["examples"]:  # ranked, but not shared out
+            remedy = ONE_MACHINE
         missing.append(Missing(MERGED if is_merged else found["reason"], remedy))
-    if not is_audited:
+    if not is_audited and found["adapter"] is not None:
         missing.append(NO_AUDIT)
     gain = found["gain_nats"]
     if gain is not None and gain["num_tokens"] < 2:
@@ -172,10 +183,20 @@ def _missing(found: dict[str, Any], findings: list[Finding], *, is_unscored: boo
     return missing
 
 
+def _erased(trail: "Trail", found: dict[str, Any]) -> list[Missing]:
+    num_erased = num_erased_rows(trail, found["adapter"])
+    if not num_erased:
+        return []
+    evidence = f"{num_erased} of the rows that the adapter learnt from were erased since: what they did cannot be told"
+    return [Missing(evidence, "train again on what is left (`trailmark forget --retrain`), and ask of its answers")]
+
+
 def _cost(found: dict[str, Any], rows: dict[str, int]) -> tuple[Cost, ...]:
     cost = []
     if found["gain_nats"] is not None:
         cost.append(Cost("passes over the answer, with adapter and without", 2, "forward passes"))
+    if found.get("gradient_passes"):
+        cost.append(Cost("the answer's gradients at the checkpoints", found["gradient_passes"], "backward passes"))
     if found["contributors"]:
         cost.append(Cost("training rows scored", sum(rows.values()), "rows"))
     return tuple(cost)

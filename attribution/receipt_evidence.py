@@ -94,6 +94,12 @@ def rows_per_contributor(trail: "Trail", adapter: str | None) -> dict[str, int]:
     return dict(Counter(example.contributor for example in found[1].examples)) if found else {}
 
 
+def num_erased_rows(trail: "Trail", adapter: str | None) -> int:
+    """Return how many of the rows that an adapter learnt from were erased since: their text and gradients are gone."""
+    found = trained_on(trail, adapter) if adapter else None
+    return sum(not example.text for example in found[1].examples) if found else 0
+
+
 def lineage_findings(trail: "Trail", adapter: str) -> list[Finding]:
     """Return what is still known of an adapter that cannot be scored: whose rows it learnt from, what it merges."""
     made = trail.find(adapter)

@@ -4,7 +4,7 @@ Explains one receipted completion. What it promises is a ranking with its stabil
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from attribution.erasure import remaining
@@ -17,7 +17,7 @@ from attribution.influence.answer import (
     Gain,
 )
 from attribution.influence.bm25 import Ranked, WordMatches, random_ranking
-from attribution.influence.rows import StoreRows, TraceRows, rows_of
+from attribution.influence.rows import ShardsElsewhere, StoreRows, TraceRows, rows_of, shards_elsewhere
 from attribution.influence.scores import (
     Normalise,
     Share,
@@ -30,6 +30,7 @@ from attribution.influence.scores import (
     sum_by_contributor,
 )
 from attribution.influence.store import Trace
+from attribution.store import StoreError
 from configs.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from attribution.influence.query import AdapterModels, Completion
+    from attribution.influence.store import TraceExample
+    from attribution.influence.topk import Hit
     from attribution.records import Artefact
     from attribution.trail import Trail
 
@@ -45,6 +48,10 @@ NO_TRACE = "the adapter has no training trace, so its rows cannot be scored; its
 OTHER_WEIGHTS = (
     "the adapter's weights are not those its training trace ends with (merged, averaged or edited since), so its rows "
     "cannot be scored; the gain over the base is measured, BM25 names likely rows, its lineage who is behind it"
+)
+RANKED = (
+    "the adapter's gradient store lies on several machines: its rows are ranked over all of it, contributors' shares "
+    "need every shard on one"
 )
 MICRO = 1_000_000
 MAX_TEXT_CHARS = 600
@@ -109,7 +116,8 @@ def explain(
 
     `models` keeps the base in memory between calls. With `record` an `influence` record is appended, once per answer.
     `num_examples`: rows listed, of the scores and of BM25; `settings.top_examples` by default.
-    Raises ExplainError for an unknown, erased or empty completion; TraceError for a broken trace.
+    Raises ExplainError for an unknown, erased or empty completion; TraceError for a broken trace, ShardsElsewhere for
+    one of which only a part is on this machine.
     """
     settings = settings or ExplainSettings()
     subject = subject_of(trail, receipt_id)
@@ -136,8 +144,37 @@ def explain(
     examples = _top_examples(scored, settings, names, words, num_examples)
     attribution = _credited(subject, settings, scored, names=names, examples=examples, **beside)
     if record:
-        record_influence(trail, attribution, scored.trace, scored.parts)
+        leaf_hash = record_influence(trail, attribution, scored.trace, scored.parts)
+        attribution = replace(attribution, influence_leaf=leaf_hash)
     return attribution
+
+
+def explain_ranked(
+    trail: "Trail", receipt_id: str, hits: Sequence["Hit"], settings: ExplainSettings, *, models: "AdapterModels"
+) -> Attribution:
+    """Return what can be said of a completion whose adapter's gradient store lies on several machines, `hits` being the
+    rows that score highest over all of it: no shares, no intervals.
+    """
+    subject = subject_of(trail, receipt_id)
+    gain = _gain(trail, subject, settings, models)
+    digest = remaining(trail, str(trail.store.manifest(subject.receipt["adapter"]).meta.get("trace") or ""))
+    trace = Trace(trail.store.get_directory(digest, verify=False))
+    names = _contributor_names(trail)
+    words = WordMatches.of(trace.examples, subject.text)
+    row_of = {example.example_id: example for example in trace.examples}
+    scores = [(row_of[hit.example_id], hit.score, None, None) for hit in hits if hit.example_id in row_of]
+    return _answer(
+        subject,
+        settings,
+        base_did_it=gain.is_of_base,
+        reason=_base_reason(gain) if gain.is_of_base else RANKED,
+        gain=gain,
+        examples=() if gain.is_of_base else _example_parts(scores, names, words),
+        baselines=_baselines(words, subject, settings, names),
+        bm25_examples=bm25_examples(words, names, len(hits)),
+        method=f"gradient-store/v1: exact over all shards, normalise={settings.normalise}, no interval",
+        score_unit="cosines" if settings.normalise == "cosine" else "nats",
+    )
 
 
 def record_influence(trail: "Trail", attribution: Attribution, trace: Trace, parts: "NDArray[np.float64]") -> str:
@@ -219,6 +256,8 @@ def _gain(trail: "Trail", subject: Subject, settings: ExplainSettings, models: "
 
 
 def _base_reason(gain: Gain) -> str:
+    if gain.high < 0:
+        return "the adapter made it less likely than the base does"
     if gain.low <= 0:
         return "the adapter's gain over the base cannot be told from zero"
     return f"the adapter's gain over the base is below {gain.threshold:g} nats per token"
@@ -228,7 +267,14 @@ def _trace_of(trail: "Trail", adapter: str, models: "AdapterModels") -> Trace | 
     digest = remaining(trail, str(trail.store.manifest(adapter).meta.get("trace") or ""))
     if not digest or not trail.store.has(digest):
         return None
-    return Trace(models.folder(trail.store, digest))
+    try:
+        return Trace(models.folder(trail.store, digest))
+    except StoreError:
+        files = [file.path for file in trail.store.manifest(digest).files]
+        missing = shards_elsewhere(trail.store.path_of(digest), files)
+        if missing:
+            raise ShardsElsewhere.of(digest, missing) from None
+        raise
 
 
 def _score(
@@ -263,6 +309,7 @@ def _credited(
         contributors=parts,
         unattributed=unattributed / MICRO,
         method=_method(scored, settings),
+        gradient_passes=scored.parts.shape[0] * scored.parts.shape[1],
         **beside,
     )
 
@@ -286,24 +333,38 @@ def _top_examples(
     totals = scored.parts.sum(axis=(0, 1))
     rows = sorted(range(len(totals)), key=lambda row: (-totals[row], row))[:num_examples]
     draws = bootstrap(scored.parts[:, :, rows], num_draws=settings.num_bootstrap, seed=settings.seed)
-    places = words.places({scored.trace.examples[row].example_id for row in rows})
-    found = []
-    for column, row in enumerate(rows):
-        example = scored.trace.examples[row]
-        spread = interval(draws[:, column], confidence=settings.confidence)
-        found.append(
-            ExamplePart(
-                example.example_id,
-                example.contributor,
-                _name(names, example.contributor),
-                float(totals[row]),
-                spread.low,
-                spread.high,
-                example.text[:MAX_TEXT_CHARS],
-                *places[example.example_id],
-            )
+    spreads = [interval(draws[:, column], confidence=settings.confidence) for column in range(len(rows))]
+    return _example_parts(
+        [
+            (scored.trace.examples[row], float(totals[row]), spread.low, spread.high)
+            for row, spread in zip(rows, spreads, strict=True)
+        ],
+        names,
+        words,
+    )
+
+
+def _example_parts(
+    scores: Sequence[tuple["TraceExample", float, float | None, float | None]],
+    names: dict[str, str],
+    words: WordMatches,
+) -> tuple[ExamplePart, ...]:
+    """Examples with (score, low, high), and what word search says of them."""
+    places = words.places({example.example_id for example, *_ in scores})
+    return tuple(
+        ExamplePart(
+            example_id=example.example_id,
+            contributor=example.contributor,
+            name=_name(names, example.contributor),
+            score=score,
+            low=low,
+            high=high,
+            text=example.text[:MAX_TEXT_CHARS],
+            bm25=places[example.example_id][0],
+            bm25_rank=places[example.example_id][1],
         )
-    return tuple(found)
+        for example, score, low, high in scores
+    )
 
 
 def _baselines(
@@ -362,6 +423,8 @@ def _answer(
     baselines: dict[str, tuple[BaselineRank, ...]] | None = None,
     bm25_examples: tuple[BaselineExample, ...] = (),
     method: str = "adapter-gain/v1: log-likelihood of the completion under adapter and base",
+    gradient_passes: int = 0,
+    score_unit: str = "nats",
 ) -> Attribution:
     receipt = subject.receipt
     return Attribution(
@@ -383,4 +446,6 @@ def _answer(
         label=LABEL,
         confidence=settings.confidence,
         seed=settings.seed,
+        gradient_passes=gradient_passes,
+        score_unit=score_unit,
     )

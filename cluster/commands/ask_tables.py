@@ -86,8 +86,9 @@ def attribution_tables(found: dict[str, Any]) -> list[RenderableType]:
 
 
 def _gain_line(gain: dict[str, Any]) -> str:
+    likelier = "likelier" if gain["mean"] >= 0 else "less likely"
     return (
-        f"The adapter made it likelier than the base by [bold]{gain['mean']:+.2f}[/bold] nats per token "
+        f"The adapter made it {likelier} than the base by [bold]{abs(gain['mean']):.2f}[/bold] nats per token "
         f"(interval {gain['low']:+.2f} to {gain['high']:+.2f}, {gain['num_tokens']} tokens)."
     )
 
@@ -119,12 +120,12 @@ def _contributors_table(found: dict[str, Any]) -> Table:
 def _examples_table(found: dict[str, Any]) -> Table:
     table = Table(
         "",
-        "nats",
+        found.get("score_unit", "nats"),
         _heading(found["confidence"]),
         "BM25 (place)",
         "contributor",
         "row",
-        title="Rows that helped most",
+        title="Rows by predicted gain, best first",
         title_justify="left",
     )
     for number, part in enumerate(found["examples"], start=1):

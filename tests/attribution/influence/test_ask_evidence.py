@@ -1,8 +1,11 @@
 """Asking who on the planted home: verbatim rows, audits, recorded explanations, and what bad input still allows."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from attribution.answers import Answer
@@ -119,6 +122,18 @@ def test_no_token_says_whose_rows_the_adapter_has(planted: Planted, models: Adap
     found = ask(trail, receipt, models)
     assert "no token" in found.problem and found.summary.startswith("The receipt says that facts@1 answered")
     assert found.missing[0].remedy == "ask of another answer"
+
+
+def test_rows_erased_since_are_said(planted: Planted, models: AdapterModels, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    shutil.copytree(planted.trace, trace)
+    table = pq.read_table(trace / "examples.parquet")
+    rows = [{**row, "text": "" if row["example_id"] == "b-0" else row["text"]} for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), trace / "examples.parquet")
+    trail, _, receipt = tell(replace(planted, trace=trace), tmp_path / "home")
+    found = ask(trail, receipt, models)
+    (said,) = (missing for missing in found.missing if "erased since" in missing.evidence)
+    assert said.evidence.startswith("1 of the rows") and "--retrain" in said.remedy
 
 
 def test_a_damaged_trace_is_named_with_what_is_left(planted: Planted, models: AdapterModels, tmp_path: Path) -> None:
