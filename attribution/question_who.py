@@ -76,6 +76,7 @@ def _in_part(trail: "Trail", receipt_id: str, error: Exception) -> Answer:
     receipt = stored.row.receipt
     findings = lineage_findings(trail, receipt["adapter"]) if receipt["adapter"] else []
     named = ", ".join(finding.subject for finding in findings[:3]) or "nobody that the log still names"
+    named += f" and {len(findings) - 3} more" if len(findings) > 3 else ""
     return Answer(
         question=QUESTION,
         summary=f"The receipt says that {receipt['adapter_name'] or receipt['model']} answered; "
