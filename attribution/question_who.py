@@ -124,16 +124,17 @@ def _links(trail: "Trail", found: dict[str, Any]) -> tuple[str, ...]:
 
 def _share(part: dict[str, Any], num_rows: int | None, links: tuple[str, ...], confidence: float | None) -> Finding:
     measure = "share of the predicted gain" + ("" if num_rows is None else f", by {num_rows} row{'s'[: num_rows != 1]}")
+    credited = part["share"] > 0  # nothing is nothing by rule, not by an estimate with an interval
     return Finding(
         part["name"],
         measure,
         part["share"],
-        part["low"],
-        part["high"],
+        part["low"] if credited else None,
+        part["high"] if credited else None,
         "of 1",
         _verdict(part),
         links,
-        confidence,
+        confidence if credited else None,
         tier="explain",
         kind="contributor",
     )

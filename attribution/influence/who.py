@@ -331,7 +331,8 @@ def _top_examples(
     scored: _Scored, settings: ExplainSettings, names: dict[str, str], words: WordMatches, num_examples: int
 ) -> tuple[ExamplePart, ...]:
     totals = scored.parts.sum(axis=(0, 1))
-    rows = sorted(range(len(totals)), key=lambda row: (-totals[row], row))[:num_examples]
+    best = sorted(range(len(totals)), key=lambda row: (-totals[row], row))
+    rows = [row for row in best if scored.trace.examples[row].text][:num_examples]  # one that was erased has neither
     draws = bootstrap(scored.parts[:, :, rows], num_draws=settings.num_bootstrap, seed=settings.seed)
     spreads = [interval(draws[:, column], confidence=settings.confidence) for column in range(len(rows))]
     return _example_parts(

@@ -134,6 +134,7 @@ def test_rows_erased_since_are_said(planted: Planted, models: AdapterModels, tmp
     found = ask(trail, receipt, models)
     (said,) = (missing for missing in found.missing if "erased since" in missing.evidence)
     assert said.evidence.startswith("1 of the rows") and "--retrain" in said.remedy
+    assert "b-0" not in {row["example_id"] for row in found.details["examples"]} and found.details["examples"]
 
 
 def test_a_damaged_trace_is_named_with_what_is_left(planted: Planted, models: AdapterModels, tmp_path: Path) -> None:
