@@ -11,14 +11,8 @@ from typing import Any
 
 import pytest
 
-from attribution.bodies import (
-    ApprovalBody,
-    MetricChange,
-    RowRedactionBody,
-    TableRewrite,
-    WorkflowEffectBody,
-    WorkflowRunBody,
-)
+from attribution import bodies
+from attribution.bodies import ApprovalBody, MetricChange, WorkflowEffectBody, WorkflowRunBody
 from attribution.erasure import erase
 from attribution.mlflow_datasets import TAG_ROWS
 from attribution.mlflow_notes import Credit, credits_json, escape, note
@@ -458,17 +452,14 @@ def test_an_erased_row_leaves_a_real_server(log: ExampleLog, server: MlflowProce
     view.sync()
     before = log.refinement.record.body.rows  # type: ignore[union-attr]
     table = trail.get_table(before)
-    gone = table.slice(0, 1).to_pylist()[0]
-    after = trail.put_table(table.slice(1))
-    rewritten = tuple(TableRewrite(part, leaf, before, after, len(table) - 1) for part in ("refined", "rows"))  # type: ignore[arg-type]
-    body = RowRedactionBody(gone["dataset"], (gone["line_number"],), rewritten, "she asked")
-    trail.record("row_redaction", body, parents=[gone["dataset"], leaf])
-    assert view.sync() == 1
-    experiment = str(client.get_experiment_by_name("trailmark").experiment_id)
-    (dataset,) = rows_of(client, experiment)
+    gone, after = table.slice(0, 1).to_pylist()[0], trail.put_table(table.slice(1))
+    rewritten = (bodies.TableRewrite("refined", leaf, before, after, len(table) - 1),)
+    body = bodies.RowRedactionBody(gone["dataset"], (gone["line_number"],), rewritten, "she asked")
+    assert trail.record("row_redaction", body, parents=[gone["dataset"], leaf]) and view.sync() == 1
+    (dataset,) = rows_of(client, str(client.get_experiment_by_name("trailmark").experiment_id))
     records, _ = view._connect().server.traces.store._load_dataset_records(dataset.dataset_id)
-    held = {record.inputs["example_id"] for record in records}
-    assert held == set(table.column("example_id").to_pylist()) - {gone["example_id"]}
+    left = set(table.column("example_id").to_pylist()) - {gone["example_id"]}
+    assert {record.inputs["example_id"] for record in records} == left
     assert "dataset" not in {item.role for item in view.reconcile(repair=False)}
     view.close()
 
