@@ -16,6 +16,7 @@ import ray
 
 from attribution.bodies import AdapterLoadedBody, Body
 from attribution.group_commit import GroupCommit
+from attribution.influence.rows import ShardsElsewhere
 from attribution.influence.who import ExplainSettings, explain
 from attribution.receipts import ReceiptRow, append_once
 from attribution.records import Artefact
@@ -173,26 +174,42 @@ class Scorer:
         self._settings = settings
         self._models = AdapterModels()
         self._stores = OpenStores(self._trail)
-        self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, int], dict[str, Any]] = OrderedDict()
+        self._num_notices = 0
 
     def ready(self) -> bool:
         """Answer once the scorer is up; the base model is read when the first receipt is explained."""
         return True
 
-    def explain(self, receipt_id: str) -> dict[str, Any]:
+    def explain(self, receipt_id: str, num_examples: int | None = None) -> dict[str, Any]:
         """Return `Attribution.to_dict()` of a receipt and record it. Raises UserError."""
-        if receipt_id not in self._answers:
-            found = explain(self._trail, receipt_id, self._settings, models=self._models, record=True)
-            self._answers[receipt_id] = found.to_dict()
-        self._answers.move_to_end(receipt_id)
+        self._forget_what_was_erased()
+        asked = receipt_id, num_examples or self._settings.top_examples
+        if asked not in self._answers:
+            found = explain(
+                self._trail, receipt_id, self._settings, models=self._models, record=True, num_examples=asked[1]
+            )
+            self._answers[asked] = found.to_dict()
+        self._answers.move_to_end(asked)
         while len(self._answers) > NUM_CACHED_ANSWERS:
             self._answers.popitem(last=False)
-        return self._answers[receipt_id]
+        return self._answers[asked]
+
+    def ranked(self, receipt_id: str, hits: "Sequence[Hit]") -> dict[str, Any]:
+        """Return `Attribution.to_dict()` of a receipt by rows that were ranked over the shards of all scorers."""
+        from attribution.influence.who import explain_ranked
+
+        return explain_ranked(self._trail, receipt_id, hits, self._settings, models=self._models).to_dict()
+
+    def num_examples(self) -> int:
+        """Return how many rows an answer lists by default."""
+        return self._settings.top_examples
 
     def question(self, receipt_id: str) -> "Question":
         """Return a receipt as a question to its adapter's gradient store. Raises UserError."""
         from attribution.influence.question import question_of
 
+        self._forget_what_was_erased()
         return question_of(self._trail, receipt_id, self._models, self._stores, normalise=self._settings.normalise)
 
     def shards(self, trace: str) -> tuple[list[str], list[str]]:
@@ -205,6 +222,16 @@ class Scorer:
         from attribution.influence.topk import top_examples
 
         return top_examples(self._stores.get(question.trace), question.asked, k=k, shards=shards)
+
+    def _forget_what_was_erased(self) -> None:
+        """Drop answers and open stores after an erasure: both hold what may be gone."""
+        from attribution.influence.question import OpenStores
+
+        num_notices = len(self._trail.notices())
+        if num_notices != self._num_notices:
+            self._num_notices = num_notices
+            self._answers.clear()
+            self._stores = OpenStores(self._trail)
 
 
 def start(home: Path | str, settings: "AttributionSettings") -> None:
@@ -272,12 +299,25 @@ def scorers() -> list[Any]:
             return found
 
 
-def explain_remotely(receipt_id: str) -> dict[str, Any]:
+def explain_remotely(receipt_id: str, num_examples: int | None = None) -> dict[str, Any]:
     """Return a receipt's attribution from the connected cluster's first scorer. Raises UserError as `explain` does."""
     found = scorers()
     if not found:
         raise ray.exceptions.RayActorError(error_msg="no scorer runs in this cluster")
-    answer: dict[str, Any] = _ask(found[0].explain.remote(receipt_id))
+    try:
+        answer: dict[str, Any] = _ask(found[0].explain.remote(receipt_id, num_examples))
+    except ShardsElsewhere:
+        answer = ranked_over(found, receipt_id, num_examples)
+    return answer
+
+
+def ranked_over(scorers: Sequence[Any], receipt_id: str, num_examples: int | None) -> dict[str, Any]:
+    """Return the attribution of a receipt whose gradient store no scorer holds whole: rows ranked over all shards.
+
+    Raises UserError as `top_examples_over` does.
+    """
+    hits = top_examples_over(scorers, receipt_id, k=num_examples or _ask(scorers[0].num_examples.remote()))
+    answer: dict[str, Any] = _ask(scorers[0].ranked.remote(receipt_id, hits))
     return answer
 
 

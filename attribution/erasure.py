@@ -20,8 +20,9 @@ from configs.errors import UserError
 if TYPE_CHECKING:
     from attribution.trail import Draft, Entry, Trail
 
-# A version number once given stays taken, and what explains a hole or a key must stand.
-PROTECTED_KINDS = NOTICE_KINDS | {"key", "publication"}
+# A version number once given stays taken, what explains a hole or a key must stand, and only a statement says which
+# receipts were paid: without it they would be paid again.
+PROTECTED_KINDS = NOTICE_KINDS | {"key", "publication", "statement"}
 
 
 class ErasureError(UserError):
@@ -159,7 +160,8 @@ def require_erasable(entry: "Entry") -> None:
     if entry.leaf.kind in PROTECTED_KINDS:
         raise ErasureError(
             f"{entry.leaf.kind} record {entry.leaf_hash[:12]}: cannot be erased, for it says what a name, a key or a "
-            "hole in the log means; erase the artefact's or the contributor's record instead"
+            "hole in the log means, or which receipts were paid; erase the artefact's or the contributor's record "
+            "instead"
         )
 
 

@@ -18,21 +18,23 @@ if TYPE_CHECKING:
 MICRO = 1_000_000
 LOWER_IS_BETTER = frozenset({"loss"})
 AUDIT_METHOD = "unrolled-adamw/"
+TOO_FEW = "too few answers to tell"
 NO_EFFECT = "no measurable effect"
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A number and the ends of its interval."""
+    """A number and the ends of its interval. `is_enough`: it rests on enough values to be told from zero at all."""
 
     value: float
     low: float
     high: float
+    is_enough: bool = True
 
     @property
     def is_distinct(self) -> bool:
-        """Whether zero lies outside."""
-        return self.low > 0 or self.high < 0
+        """Whether it is told from zero."""
+        return self.is_enough and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
@@ -215,11 +217,15 @@ def served(trail: "Trail") -> list[Served]:
 
 
 def resampled_mean(values: NDArray[np.float64], *, num_draws: int, seed: int, confidence: float) -> Spread:
-    """Return the mean of values [n] and its Bayesian bootstrap interval (Dirichlet weights; Rubin 1981)."""
+    """Return the mean of values [n] and its Bayesian bootstrap interval (Dirichlet weights; Rubin 1981).
+
+    The interval lies among the values, so n values that happen to agree in sign would look like an effect: by the
+    sign-flip test, whose smallest chance is 2^(1 - n), fewer than 5 say nothing at 90 %.
+    """
     draws = np.random.default_rng(seed).dirichlet(np.ones(len(values)), num_draws) @ values
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
-    return Spread(float(values.mean()), float(low), float(high))
+    return Spread(float(values.mean()), float(low), float(high), is_enough=2.0 ** (1 - len(values)) <= 1 - confidence)
 
 
 def dataset_scores(

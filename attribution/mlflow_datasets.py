@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from attribution.bodies import DatasetBody, RefinementBody
+from attribution.erasure import remaining
 from attribution.mlflow_context import ViewContext, metrics_at
 from attribution.mlflow_notes import escape
 from attribution.trail import Entry
@@ -72,15 +73,16 @@ def row_tags(context: ViewContext, entry: Entry, rows: "list[dict[str, Any]]") -
 
 
 def shown_rows(context: ViewContext, entry: Entry) -> list[dict[str, Any]]:
-    """Return the first rows of a refined dataset as MLflow's records; none when they were erased or are no such table.
+    """Return the first rows left of a refined dataset as MLflow's records; none when they were erased or are no such
+    table.
 
     MLflow takes two records with equal inputs for one, so the example's id is one of the inputs.
     """
     assert entry.record is not None and isinstance(entry.record.body, RefinementBody)
-    store = context.trail.store
-    if not store.has(entry.record.body.rows):
+    rows = remaining(context.trail, entry.record.body.rows)
+    if not context.trail.store.has(rows):
         return []
-    table = _rows_table(context, entry.record.body.rows)
+    table = _rows_table(context, rows)
     if table is None:
         return []
     names = context.lineage.contributor_names()

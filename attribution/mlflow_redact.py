@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from attribution.bodies import PublicationBody, RedactionBody
+from attribution.bodies import PublicationBody, RedactionBody, RowRedactionBody
 from attribution.mlflow_context import ViewContext
 from attribution.mlflow_datasets import write_rows
 from attribution.mlflow_prompts import delete_version
@@ -36,6 +36,13 @@ def write_redaction(context: ViewContext, entry: Entry) -> None:
             server.client.delete_traces(server.experiment_id, trace_ids=doomed)
     context.cursor.forget(leaf)
     context.pages.forget(leaf)
+
+
+def write_row_redaction(context: ViewContext, entry: Entry) -> None:
+    """Write the refined datasets that lost rows anew."""
+    assert entry.record is not None and isinstance(entry.record.body, RowRedactionBody)
+    for leaf in {rewrite.leaf for rewrite in entry.record.body.rewritten if rewrite.part == "refined"}:
+        _renew_rows(context, leaf)
 
 
 def _renew_rows(context: ViewContext, leaf: str) -> None:

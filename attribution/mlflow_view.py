@@ -16,7 +16,7 @@ from attribution.mlflow_datasets import write_dataset
 from attribution.mlflow_notes import EXPERIMENT_NOTE, VIEW_TAG, provenance_view
 from attribution.mlflow_prompts import write_prompt
 from attribution.mlflow_reconcile import Difference, differences
-from attribution.mlflow_redact import write_redaction
+from attribution.mlflow_redact import write_redaction, write_row_redaction
 from attribution.mlflow_runs import (
     write_adapter,
     write_base_model,
@@ -55,6 +55,7 @@ WRITERS: dict[str, Callable[[ViewContext, Entry], None]] = {
     "workflow_effect": write_workflow_effect,
     "approval": write_approval,
     "redaction": write_redaction,
+    "row_redaction": write_row_redaction,
     "settlement": write_settlement,
 }
 OnRecord = Callable[[Entry], None]

@@ -22,7 +22,7 @@ def newest_statement(trail: "Trail") -> "tuple[Entry, Statement] | None":
 
 
 def paid_findings(entry: "Entry", statement: Statement, names: Names) -> list[Finding]:
-    """Return what each party got, the largest first; the interval is that of its settled value."""
+    """Return what each party got, the largest first; the interval is that of its settled value, none by policy."""
     period = f"{utc(statement.period_start_us)[:10]} to {utc(statement.period_end_us)[:10]}"
     lines = sorted(statement.payouts, key=lambda line: (-line.amount, line.source, line.id))
     return [
@@ -30,12 +30,12 @@ def paid_findings(entry: "Entry", statement: Statement, names: Names) -> list[Fi
             subject=name_of(names, line.id),
             measure=f"fees of {period} for {_what(line)}",
             value=line.amount,
-            low=line.amount_low,
-            high=line.amount_high,
+            low=line.amount_low if line.source == "data" else None,
+            high=line.amount_high if line.source == "data" else None,
             unit=statement.unit,
             verdict=line.verdict.replace("_", " "),
             links=(entry.leaf_hash,),
-            confidence=statement.policy.confidence_micro / MICRO,
+            confidence=statement.policy.confidence_micro / MICRO if line.source == "data" else None,
             tier="settle",
             kind=line.kind,
         )

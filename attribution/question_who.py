@@ -4,10 +4,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attribution.answers import Answer, Cost, Finding, Missing, Unexplained, links_of, records_of
+from attribution.influence.rows import ShardsElsewhere
 from attribution.influence.store import TraceError
 from attribution.influence.who import ExplainError
 from attribution.lineage import Lineage
-from attribution.receipt_evidence import audited_findings, lineage_findings, rows_per_contributor, spans_of
+from attribution.receipt_evidence import (
+    audited_findings,
+    lineage_findings,
+    num_erased_rows,
+    rows_per_contributor,
+    spans_of,
+    with_spans,
+)
 from attribution.receipts import find_receipt
 from attribution.store import StoreError
 
@@ -19,6 +27,7 @@ NO_AUDIT = Missing(
     "cause: shares are stable under reweighting, not tested by leaving rows out",
     "trailmark audit RECEIPT, for small removals; trailmark settle ADAPTER, for what whole contributors are worth",
 )
+ONE_MACHINE = "copy the store's shards to one machine, and ask there"
 MERGED = "this adapter was merged from others, so no training run of its own says which rows matter"
 
 
@@ -45,11 +54,14 @@ def ask_who(trail: "Trail", receipt_id: str, *, explain: Callable[[str], dict[st
         question=QUESTION,
         summary=_summary(found),
         findings=tuple(findings),
-        missing=tuple(_missing(found, findings, is_unscored=is_unscored, is_audited=bool(audited))),
+        missing=(
+            *_missing(found, findings, is_unscored=is_unscored, is_audited=bool(audited)),
+            *([] if problem else _erased(trail, found)),
+        ),
         method=found["method"],
         confidence=found["confidence"],
         seed=found["seed"],
-        details={**found, "verbatim": verbatim},
+        details={**found, "examples": with_spans(found["examples"], verbatim), "verbatim": verbatim},
         cost=_cost(found, rows),
         records=records_of(trail, links_of(findings)),
         problem=problem,
@@ -64,6 +76,7 @@ def _in_part(trail: "Trail", receipt_id: str, error: Exception) -> Answer:
     receipt = stored.row.receipt
     findings = lineage_findings(trail, receipt["adapter"]) if receipt["adapter"] else []
     named = ", ".join(finding.subject for finding in findings[:3]) or "nobody that the log still names"
+    named += f" and {len(findings) - 3} more" if len(findings) > 3 else ""
     return Answer(
         question=QUESTION,
         summary=f"The receipt says that {receipt['adapter_name'] or receipt['model']} answered; "
@@ -79,6 +92,8 @@ def _in_part(trail: "Trail", receipt_id: str, error: Exception) -> Answer:
 
 
 def _remedy(error: Exception, receipt_id: str) -> str:
+    if isinstance(error, ShardsElsewhere):
+        return ONE_MACHINE
     if isinstance(error, StoreError):
         return "trailmark fsck names every file that is damaged; restore it from a copy"
     if isinstance(error, TraceError):
@@ -90,10 +105,11 @@ def _rows(
     trail: "Trail", found: dict[str, Any], names: dict[str, str]
 ) -> tuple[dict[str, int], dict[str, Any] | None, str]:
     """Return (training rows by key id, verbatim spans, why they could not be had)."""
+    also = {example["example_id"] for example in found["examples"]}
     try:
         return (
             rows_per_contributor(trail, found["adapter"]),
-            spans_of(trail, found["receipt_id"], names=names),
+            spans_of(trail, found["receipt_id"], names=names, also=also),
             "",
         )
     except (StoreError, TraceError) as error:
@@ -108,16 +124,17 @@ def _links(trail: "Trail", found: dict[str, Any]) -> tuple[str, ...]:
 
 def _share(part: dict[str, Any], num_rows: int | None, links: tuple[str, ...], confidence: float | None) -> Finding:
     measure = "share of the predicted gain" + ("" if num_rows is None else f", by {num_rows} row{'s'[: num_rows != 1]}")
+    credited = part["share"] > 0  # nothing is nothing by rule, not by an estimate with an interval
     return Finding(
         part["name"],
         measure,
         part["share"],
-        part["low"],
-        part["high"],
+        part["low"] if credited else None,
+        part["high"] if credited else None,
         "of 1",
         _verdict(part),
         links,
-        confidence,
+        confidence if credited else None,
         tier="explain",
         kind="contributor",
     )
@@ -132,7 +149,8 @@ def _verdict(part: dict[str, Any]) -> str:
 def _of_model(found: dict[str, Any], links: tuple[str, ...]) -> Finding:
     """Base or adapter, where no contributor is named."""
     gain, confidence = found["gain_nats"], found["confidence"]
-    verdict = "the base made it" if found["base_did_it"] else "the adapter made it, its rows are unknown"
+    unshared = "its rows are ranked only" if found["examples"] else "its rows are unknown"
+    verdict = "the base made it" if found["base_did_it"] else f"the adapter made it, {unshared}"
     if gain is None:
         if not found["base_did_it"]:
             verdict = "nobody was credited"
@@ -156,8 +174,10 @@ def _missing(found: dict[str, Any], findings: list[Finding], *, is_unscored: boo
     if is_unscored:
         is_merged = any(finding.kind == "adapter" for finding in findings)
         remedy = "ask of answers of the adapters it was merged from" if is_merged else "train again: it leaves a trace"
+        if found["examples"]:  # ranked, but not shared out
+            remedy = ONE_MACHINE
         missing.append(Missing(MERGED if is_merged else found["reason"], remedy))
-    if not is_audited:
+    if not is_audited and found["adapter"] is not None:
         missing.append(NO_AUDIT)
     gain = found["gain_nats"]
     if gain is not None and gain["num_tokens"] < 2:
@@ -165,10 +185,20 @@ def _missing(found: dict[str, Any], findings: list[Finding], *, is_unscored: boo
     return missing
 
 
+def _erased(trail: "Trail", found: dict[str, Any]) -> list[Missing]:
+    num_erased = num_erased_rows(trail, found["adapter"])
+    if not num_erased:
+        return []
+    evidence = f"{num_erased} of the rows that the adapter learnt from were erased since: what they did cannot be told"
+    return [Missing(evidence, "train again on what is left (`trailmark forget --retrain`), and ask of its answers")]
+
+
 def _cost(found: dict[str, Any], rows: dict[str, int]) -> tuple[Cost, ...]:
     cost = []
     if found["gain_nats"] is not None:
         cost.append(Cost("passes over the answer, with adapter and without", 2, "forward passes"))
+    if found.get("gradient_passes"):
+        cost.append(Cost("the answer's gradients at the checkpoints", found["gradient_passes"], "backward passes"))
     if found["contributors"]:
         cost.append(Cost("training rows scored", sum(rows.values()), "rows"))
     return tuple(cost)

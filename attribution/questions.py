@@ -12,6 +12,7 @@ from attribution.answers import Answer, Cost, Finding, Missing, Resampling, Tier
 from attribution.evidence import (
     MICRO,
     NO_EFFECT,
+    TOO_FEW,
     Contribution,
     MeasuredAdapter,
     Served,
@@ -37,7 +38,7 @@ from attribution.settled_evidence import (
     settled_cost,
     settled_details,
     settled_findings,
-    unit_of,
+    whole_findings,
 )
 from attribution.settlement import Settlement
 from attribution.statement_names import names_of
@@ -100,7 +101,7 @@ def ask_adapter(trail: "Trail", adapter: str | None = None, *, resampling: Resam
         trail,
         "Which adapter changed performance?",
         summary,
-        [*_whole(settled), *settled_findings(settled, kinds={"adapter"}), *compared],
+        [*whole_findings(trail, settled, resampling), *settled_findings(settled, kinds={"adapter"}), *compared],
         [*_unmeasured(adapters), *([single] if compared and not settled else [])],
         method="paired bootstrap over the suite's items, as recorded by each benchmark",
         resampling=resampling,
@@ -189,18 +190,6 @@ def _with_settled(summary: str, settled: Sequence[Settlement], *, kinds: frozens
     ]
     told = "; ".join(parts) or "no part had a measurable effect"
     return f"measured by retraining, {told}; {summary}"
-
-
-def _whole(settled: Sequence[Settlement]) -> Iterator[Finding]:
-    """What each settled adapter does with all its parts, against none of them."""
-    for one in settled:
-        measure = f"{one.utility} on {one.suite_name}: all its {one.over or 'players'} against none"
-        gain = one.full_value - one.empty_value
-        verdict = "improved" if gain > 0 else "worsened" if gain < 0 else NO_EFFECT
-        yield Finding(
-            one.adapter_name, measure, gain, None, None, unit_of(one), verdict, (one.leaf_hash,),
-            tier="settle", kind="adapter",
-        )  # fmt: skip
 
 
 def _items_asked(adapters: Sequence[MeasuredAdapter]) -> tuple[Cost, ...]:
@@ -298,17 +287,20 @@ def _summed(
         what, unit = "exact derivative (a hint beyond 5 % of the rows)", "nats per token"
     for item in items:
         spread = resampled_mean(sums[item.leaf_hash], **asdict(resampling))
-        verdict = NO_EFFECT if not spread.is_distinct else ("helped" if spread.value > 0 else "hindered")
+        verdict = "helped" if spread.value > 0 else "hindered"
+        if not spread.is_distinct:
+            verdict = NO_EFFECT if spread.is_enough else TOO_FEW
+        has_spread = len(recorded) > 1
         yield Finding(
             item.name,
             f"mean {what} of {adapter.label} over {_answers(len(recorded), tier)}",
             spread.value,
-            spread.low,
-            spread.high,
+            spread.low if has_spread else None,
+            spread.high if has_spread else None,
             unit,
             verdict,
             (item.leaf_hash, *(leaf for leaf, _ in recorded)),
-            resampling.confidence,
+            resampling.confidence if has_spread else None,
             tier=tier,
             kind="dataset",
         )

@@ -1,7 +1,7 @@
 """What the home knows of one answer beside its scores: who trained on what, verbatim spans, recorded explanations."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,9 @@ from attribution.answers import Finding, Unexplained
 from attribution.bodies import AdapterBody, InfluenceBody
 from attribution.erasure import remaining
 from attribution.evidence import MICRO, contributions, is_audit, measured_adapters
-from attribution.influence.bm25 import bm25_ranking, random_ranking
+from attribution.influence.bm25 import WordMatches, random_ranking
 from attribution.influence.store import Trace
-from attribution.influence.who import NO_TRACE
+from attribution.influence.who import MAX_TEXT_CHARS, NO_TRACE, bm25_examples, searched_text
 from attribution.lineage import Lineage
 from attribution.receipts import StoredReceipt, find_receipt, receipt_content
 from attribution.spans import METHOD, covered, find_spans
@@ -53,8 +53,12 @@ def _is_folder(trail: "Trail", digest: str) -> bool:
     return trail.store.has(digest) and trail.store.path_of(digest).is_dir()
 
 
-def spans_of(trail: "Trail", receipt_id: str, *, names: dict[str, str]) -> dict[str, Any] | None:
+def spans_of(
+    trail: "Trail", receipt_id: str, *, names: dict[str, str], also: Collection[str] = ()
+) -> dict[str, Any] | None:
     """Return the verbatim spans of a receipt's answer in its adapter's training rows; None without a trace.
+
+    `also`: examples whose places are told of every span, however many rows have it.
 
     {"text", "method", "covered" (share of characters), "spans": [{"start", "end", "text", "num_words", "rarity",
     "num_rows", "occurrences": [{"example_id", "contributor", "name", "start", "end"}]}]}
@@ -66,7 +70,7 @@ def spans_of(trail: "Trail", receipt_id: str, *, names: dict[str, str]) -> dict[
         return None
     digest, trace = found
     text = str(receipt_content(trail, receipt["id"])["output_text"])
-    spans = find_spans(trail.home, trace, digest, text)
+    spans = find_spans(trail.home, trace, digest, text, also=also)
     shown = [asdict(span) for span in spans]
     for span in shown:
         for place in span["occurrences"]:
@@ -74,10 +78,26 @@ def spans_of(trail: "Trail", receipt_id: str, *, names: dict[str, str]) -> dict[
     return {"text": text, "method": METHOD, "covered": covered(spans, len(text)), "spans": shown}
 
 
+def with_spans(examples: Sequence[dict[str, Any]], verbatim: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return examples, each with the spans of the answer that it says too: characters of the answer and of the row."""
+    held: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for span in verbatim["spans"] if verbatim else ():
+        for place in span["occurrences"]:
+            said = {key: span[key] for key in ("start", "end", "text")}
+            held[place["example_id"]].append({**said, "row_start": place["start"], "row_end": place["end"]})
+    return [{**example, "spans": held[example["example_id"]]} for example in examples]
+
+
 def rows_per_contributor(trail: "Trail", adapter: str | None) -> dict[str, int]:
     """Return how many training rows each contributor (key id) has behind an adapter; empty when nothing says."""
     found = trained_on(trail, adapter) if adapter else None
     return dict(Counter(example.contributor for example in found[1].examples)) if found else {}
+
+
+def num_erased_rows(trail: "Trail", adapter: str | None) -> int:
+    """Return how many of the rows that an adapter learnt from were erased since: their text and gradients are gone."""
+    found = trained_on(trail, adapter) if adapter else None
+    return sum(not example.text for example in found[1].examples) if found else 0
 
 
 def lineage_findings(trail: "Trail", adapter: str) -> list[Finding]:
@@ -163,7 +183,7 @@ def _audit_verdict(total: float, share_of_rows: float) -> str:
     return verdict if share_of_rows <= SMALL_SHARE else "a hint: too many rows for a small removal"
 
 
-def recorded_explanation(trail: "Trail", receipt_id: str) -> dict[str, Any]:
+def recorded_explanation(trail: "Trail", receipt_id: str, *, num_examples: int = NUM_TOP) -> dict[str, Any]:
     """Return what the newest `influence` record says of a receipt, in the form of `Attribution.to_dict()`.
 
     For readers that load no model: the gain over the base and the scores' intervals are not in the record.
@@ -171,8 +191,8 @@ def recorded_explanation(trail: "Trail", receipt_id: str) -> dict[str, Any]:
     Raises:
         Unexplained: nobody asked who made it yet.
     """
-    receipt = _stored(trail, receipt_id).row.receipt
     stored = _stored(trail, receipt_id)
+    receipt = stored.row.receipt
     common = _unscored(receipt, stored.leaf_hash)
     if receipt["adapter"] is None:
         return {**common, "base_did_it": True, "reason": "the request was for the base model"}
@@ -201,14 +221,17 @@ def recorded_explanation(trail: "Trail", receipt_id: str) -> dict[str, Any]:
         for share in body.top
     ]
     trained = trained_on(trail, receipt["adapter"])
+    searched = searched_text(receipt_content(trail, receipt["id"])) if trained else ""
+    words = WordMatches.of(trained[1].examples, searched) if trained else None
     seed = entry.record.seed if entry.record is not None else 0
     return {
         **common,
         "reason": "shares of the predicted gain, as recorded",
         "contributors": parts,
         "unattributed": max(0.0, 1.0 - sum(part["share"] for part in parts)),
-        "examples": _top_rows(rows, trained[1] if trained else None, names),
-        "baselines": _baselines(trail, receipt["id"], trained[1], names, seed) if trained else {},
+        "examples": _top_rows(rows, words, names, num_examples),
+        "baselines": _baselines(receipt["id"], words, names, seed) if words else {},
+        "bm25_examples": [asdict(one) for one in bm25_examples(words, names, num_examples)] if words else [],
         "method": body.method,
         "seed": seed,
         "influence_leaf": entry.leaf_hash,
@@ -227,6 +250,7 @@ def _unscored(receipt: dict[str, Any], leaf_hash: str) -> dict[str, Any]:
         "unattributed": 1.0,
         "examples": [],
         "baselines": {},
+        "bm25_examples": [],
         "method": "the receipt alone",
         "label": "stability",
         "confidence": None,
@@ -234,9 +258,12 @@ def _unscored(receipt: dict[str, Any], leaf_hash: str) -> dict[str, Any]:
     }
 
 
-def _top_rows(rows: Sequence[dict[str, Any]], trace: Trace | None, names: dict[str, str]) -> list[dict[str, Any]]:
-    texts = {example.example_id: example.text for example in trace.examples} if trace else {}
-    best = sorted(rows, key=lambda row: (-row["score_micro"], row["example_id"]))[:NUM_TOP]
+def _top_rows(
+    rows: Sequence[dict[str, Any]], words: WordMatches | None, names: dict[str, str], num_examples: int
+) -> list[dict[str, Any]]:
+    best = sorted(rows, key=lambda row: (-row["score_micro"], row["example_id"]))[:num_examples]
+    texts = {example.example_id: example.text for example in words.examples} if words else {}
+    places = words.places({row["example_id"] for row in best}) if words else {}
     return [
         {
             "example_id": row["example_id"],
@@ -245,21 +272,17 @@ def _top_rows(rows: Sequence[dict[str, Any]], trace: Trace | None, names: dict[s
             "score": row["score_micro"] / MICRO,
             "low": None,
             "high": None,
-            "text": texts.get(row["example_id"], ""),
+            "text": texts.get(row["example_id"], "")[:MAX_TEXT_CHARS],
+            **dict(zip(("bm25", "bm25_rank"), places.get(row["example_id"], (None, None)), strict=True)),
         }
         for row in best
     ]
 
 
-def _baselines(
-    trail: "Trail", receipt_id: str, trace: Trace, names: dict[str, str], seed: int
-) -> dict[str, list[dict[str, Any]]]:
-    content = receipt_content(trail, receipt_id)
-    turns = [message["content"] for message in content.get("messages", ()) if message["role"] == "user"]
-    text = f"{content.get('prompt') or (turns[-1] if turns else '')}\n{content['output_text']}"
+def _baselines(receipt_id: str, words: WordMatches, names: dict[str, str], seed: int) -> dict[str, list[Any]]:
     rankings = {
-        "bm25": bm25_ranking(trace.examples, text, num_hits=NUM_TOP),
-        "random": random_ranking(trace.examples, seed=f"{seed}:{receipt_id}"),
+        "bm25": words.contributors(NUM_TOP),
+        "random": random_ranking(words.examples, seed=f"{seed}:{receipt_id}"),
     }
     return {
         name: [

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attribution.answers import Cost, Finding, Missing
+from attribution.answers import Cost, Finding, Missing, Resampling
+from attribution.evidence import NO_EFFECT, Spread, resampled_mean
 from attribution.settlement import SettledPlayer, Settlement, settlements
 
 if TYPE_CHECKING:
@@ -34,6 +35,44 @@ def settled_findings(found: Sequence[Settlement], *, kinds: Collection[str] | No
         for player in sorted(players, key=lambda player: (-abs(player.value), player.id)):
             findings.append(_finding(settlement, player))
     return findings
+
+
+def whole_findings(trail: "Trail", found: Sequence[Settlement], resampling: Resampling) -> list[Finding]:
+    """Return what each settled adapter does with all its parts against none, with an interval over the items."""
+    findings = []
+    for one in found:
+        spread = _whole(trail, one, resampling)
+        gain = one.full_value - one.empty_value
+        verdict = "not tested: its table of coalitions is gone"
+        if spread is not None:
+            verdict = NO_EFFECT if not spread.is_distinct else "improved" if gain > 0 else "worsened"
+        findings.append(
+            Finding(
+                one.adapter_name,
+                f"{one.utility} on {one.suite_name}: all its {one.over or 'players'} against none",
+                gain,
+                spread.low if spread else None,
+                spread.high if spread else None,
+                unit_of(one),
+                verdict,
+                (one.leaf_hash,),
+                resampling.confidence if spread else None,
+                tier="settle",
+                kind="adapter",
+            )
+        )
+    return findings
+
+
+def _whole(trail: "Trail", settlement: Settlement, resampling: Resampling) -> Spread | None:
+    """All players less none, paired by item; None when the table of coalitions is gone."""
+    names, utilities = (_column(trail, settlement, name) for name in ("coalition", "utilities"))
+    by_size = {
+        name.count("1") / max(1, len(name)): np.asarray(items) for name, items in zip(names, utilities, strict=True)
+    }
+    if not {0.0, 1.0} <= by_size.keys():
+        return None
+    return resampled_mean(by_size[1.0] - by_size[0.0], **asdict(resampling))
 
 
 def unit_of(settlement: Settlement) -> str:

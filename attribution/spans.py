@@ -41,8 +41,8 @@ class Occurrence:
 
 @dataclass(frozen=True)
 class Span:
-    """Characters `start` to `end` of the completion that `num_rows` rows hold; `occurrences` is one for each, at most
-    as many as were asked for, in the order of training rows. `rarity`: nats, the words' summed unigram log-probability
+    """Characters `start` to `end` of the completion that `num_rows` rows hold; `occurrences` is one for each of those
+    that were asked for, in the order of training rows. `rarity`: nats, the words' summed unigram log-probability
     in these rows; the lower, the less they are everybody's words.
     """
 
@@ -98,9 +98,12 @@ class SpanIndex:
 
     def search(
         self, completion: str, examples: Sequence[TraceExample], *, min_words: int = 2, max_spans: int = 8,
-        max_rows: int = 8,
+        max_rows: int = 8, also: Collection[str] = (),
     ) -> tuple[Span, ...]:  # fmt: skip
-        """Return the rarest maximal spans of at least `min_words` words. Raises StaleIndex for rows not its own."""
+        """Return the rarest maximal spans of at least `min_words` words. Raises StaleIndex for rows not its own.
+
+        A span's occurrences are told of the first `max_rows` rows that have it, and of the examples in `also`.
+        """
         matches = list(_TOKEN.finditer(completion))
         query = np.array([self._id_of.get(match.group(), -1) for match in matches], dtype=np.int32)
         found = []
@@ -109,11 +112,13 @@ class SpanIndex:
             num_words = sum(_is_word(match.group()) for match in matches[first:last])
             if num_words >= min_words:
                 found.append((float(self._log_p[ids].sum()), first, last, low, high, num_words))
+        wanted = {row for row, example in enumerate(examples) if example.example_id in also} if also else set()
         spans = []
         for rarity, first, last, low, high, num_words in sorted(found)[:max_spans]:
             start, end = matches[first].start(), matches[last - 1].end()
             places = self._places(low, high)
-            shown = tuple(_occurrence(examples, place, completion[start:end]) for place in places[:max_rows])
+            told = places[:max_rows] + [place for place in places[max_rows:] if place[0] in wanted]
+            shown = tuple(_occurrence(examples, place, completion[start:end]) for place in told)
             spans.append(Span(start, end, completion[start:end], num_words, rarity, len(places), shown))
         return tuple(spans)
 
@@ -198,21 +203,23 @@ class SpanIndex:
             raise StaleIndex(str(error)) from error
 
 
-def find_spans(home: Path, trace: Trace, digest: str, completion: str, **limits: int) -> tuple[Span, ...]:
-    """Return the spans of `completion` in the rows of the trace `digest`; `limits` are those of SpanIndex.search.
+def find_spans(
+    home: Path, trace: Trace, digest: str, completion: str, *, also: Collection[str] = (), **limits: int
+) -> tuple[Span, ...]:
+    """Return the spans of `completion` in the rows of the trace `digest`; `also` and `limits` are SpanIndex.search's.
 
     The index is read from the home's views, and made anew where it is missing, damaged or of other rows.
     """
     path = index_file(home, digest)
     if path.is_file():
         try:
-            return SpanIndex.from_bytes(path.read_bytes()).search(completion, trace.examples, **limits)
+            return SpanIndex.from_bytes(path.read_bytes()).search(completion, trace.examples, also=also, **limits)
         except StaleIndex:
             path.unlink(missing_ok=True)
     index = SpanIndex.build([example.text for example in trace.examples])
     make_directory(path.parent, 0o700)
     write_atomically(path, index.to_bytes())
-    return index.search(completion, trace.examples, **limits)
+    return index.search(completion, trace.examples, also=also, **limits)
 
 
 def suffix_array(tokens: Ids, *, max_length: int) -> Ids:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 STATEMENT_BUNDLE_TYPE = "https://trailmark.dev/statement/v1"
 MAX_FILE_BYTES = 512 << 20
+ERASURES = ("redaction", "row_redaction")
 MILLION = 1_000_000
 
 
@@ -106,7 +107,27 @@ def check_lines(statement: Statement, *, names: Names | None = None) -> list[str
 
 
 def check_home(trail: "Trail", statement: Statement, find_copies: FindCopies, *, leaf_hash: str) -> list[str]:
-    """Hold what went into a statement against the home: fee table, receipts, settlements, rows, earlier statements."""
+    """Hold what went into a statement against the home: fee table, receipts, settlements, rows, earlier statements.
+
+    Raises:
+        VerifyError: names what differs; after an erasure, that it may be what was erased, and what can still be said.
+    """
+    try:
+        return _held_to_home(trail, statement, find_copies, leaf_hash=leaf_hash)
+    except VerifyError as error:
+        place = trail.entry_index(leaf_hash)
+        since = [one for one in trail.notices() if one.index > place and one.leaf.kind in ERASURES]
+        if not since:
+            raise
+        raise VerifyError(
+            "home",
+            f"{error.reason}; but {len(since)} erasures were recorded after this statement, the first as entry "
+            f"{since[0].index}, so that what it rested on may no longer be whole here; without --home its signature, "
+            "place in the log, sums and every line can still be verified",
+        ) from error
+
+
+def _held_to_home(trail: "Trail", statement: Statement, find_copies: FindCopies, *, leaf_hash: str) -> list[str]:
     table = statement.fee_table
     fees = parse_fees(trail.store.get_blob(table.digest), table.name)
     period = Period(statement.period_start_us, statement.period_end_us)

@@ -32,6 +32,7 @@ from attribution.key_changes import key_ids_of_name
 from attribution.lineage import Lineage
 from attribution.pages.show import find_entry
 from attribution.records import Artefact, Party, key_ids_of
+from attribution.store import StoreError
 from attribution.trust_file import OPERATOR
 from configs.errors import UserError
 from pipelines.refine.read import contributor_entries, load_decisions, load_refined
@@ -270,7 +271,14 @@ def _rewrite_trace(
     trail: "Trail", leaf: str, digest: str, folder: Path, ids: pa.Array
 ) -> tuple[list[TableRewrite], Artefact]:
     """Take a row's text, tokens and id out of a training trace; its gradients and in-run scores go too."""
-    shutil.copytree(trail.store.get_directory(digest), folder, dirs_exist_ok=True)
+    try:
+        source = trail.store.get_directory(digest)
+    except StoreError as error:
+        raise ErasureError(
+            f"{error}; nothing was erased: restore the trace from a copy, or erase the adapter's record first "
+            f"(`trailmark erase {leaf[:16]}`), with which its whole trace goes"
+        ) from error
+    shutil.copytree(source, folder, dirs_exist_ok=True)
     (folder / "manifest.json").unlink()
     remove_rows(folder, set(ids.to_pylist()))
     aliases = {row_id: _alias() for row_id in ids.to_pylist()}

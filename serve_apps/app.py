@@ -16,7 +16,8 @@ from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from attribution.actors import scorers
+from attribution.actors import ranked_over, scorers
+from attribution.influence.rows import ShardsElsewhere
 from attribution.trail import Trail
 from configs.errors import UserError
 from configs.schema import ServeSettings
@@ -70,21 +71,26 @@ class ServeBackend:
             if not is_finished:
                 response.cancel()
 
-    async def explain(self, receipt_id: str) -> dict[str, Any] | Problem:
+    async def explain(self, receipt_id: str, num_examples: int | None = None) -> dict[str, Any] | Problem:
         """Ask the next scorer in turn."""
         found = await asyncio.to_thread(scorers)
         if not found:
             return overloaded("No scorer is running; `trailmark up` starts them.", retry_after_s=10).problem
         scorer = found[next(self._turn) % len(found)]
         try:
-            explained: dict[str, Any] = await scorer.explain.remote(receipt_id)
+            explained: dict[str, Any] = await scorer.explain.remote(receipt_id, num_examples)
             return explained
         except RayError as error:
             cause = getattr(error, "cause", None)  # Ray's own text is the remote traceback
-            if isinstance(cause, UserError):
-                return Problem(422, str(cause), code="attribution_unavailable", param="receipt_id")
-            logger.error("the attribution of %s failed: %s", receipt_id, error)
-            return internal(receipt_id)
+            if isinstance(cause, ShardsElsewhere):
+                return await self._ranked(found, receipt_id, num_examples)
+            return _unexplained(receipt_id, cause if isinstance(cause, UserError) else error)
+
+    async def _ranked(self, found: list[Any], receipt_id: str, num_examples: int | None) -> dict[str, Any] | Problem:
+        try:
+            return await asyncio.to_thread(ranked_over, found, receipt_id, num_examples)
+        except (RayError, UserError) as error:
+            return _unexplained(receipt_id, error)
 
     def _handle(self, call: Call, method: str) -> DeploymentHandle:
         adapter = call.adapter.digest if call.adapter else ""
@@ -98,6 +104,13 @@ def _send(handle: DeploymentHandle, call: Call) -> Any:
     calls by that id, as ours does, forgets all but one of those sent at the same time: they would wait for ever.
     """
     return contextvars.Context().run(handle.remote, call)
+
+
+def _unexplained(receipt_id: str, error: Exception) -> Problem:
+    if isinstance(error, UserError):
+        return Problem(422, str(error), code="attribution_unavailable", param="receipt_id")
+    logger.error("the attribution of %s failed: %s", receipt_id, error)
+    return internal(receipt_id)
 
 
 def _lost(call: Call, error: Exception) -> Problem:

@@ -37,7 +37,10 @@ ReceiptId = Annotated[str, Query(min_length=1, max_length=64, description="A rec
 Adapter = Annotated[
     str | None, Query(min_length=1, max_length=512, description="NAME, NAME@VERSION or digest; operators: all.")
 ]
-Explain = Callable[[str], Awaitable[dict[str, Any] | Problem]]
+NumExamples = Annotated[
+    int | None, Query(ge=1, le=100, description="Training rows listed, with scores, BM25 and verbatim spans.")
+]
+Explain = Callable[[str, int | None], Awaitable[dict[str, Any] | Problem]]
 ReceiptState = Callable[[Principal, str], Awaitable[Response | None]]
 
 
@@ -65,8 +68,10 @@ class AskApi:
         router = APIRouter(prefix=PREFIX)
 
         @router.get("/who", summary="Who made an answer: base, contributors, rows, verbatim spans")
-        async def who(request: Request, receipt: ReceiptId, form: Form = "json") -> Response:
-            return await self._who(request, receipt, form)
+        async def who(
+            request: Request, receipt: ReceiptId, examples: NumExamples = None, form: Form = "json"
+        ) -> Response:
+            return await self._who(request, receipt, examples, form)
 
         of_adapters: dict[str, tuple[str, Callable[..., Answer]]] = {
             "improved": ("What improved an adapter, or all of them", ask_improved),
@@ -99,12 +104,12 @@ class AskApi:
 
         return answer
 
-    async def _who(self, request: Request, receipt: str, form: str) -> Response:
-        state = await self._receipt_state(self._principal(request, {"receipt", "format"}), receipt)
+    async def _who(self, request: Request, receipt: str, num_examples: int | None, form: str) -> Response:
+        state = await self._receipt_state(self._principal(request, {"receipt", "examples", "format"}), receipt)
         if state is not None:
             return state
         try:
-            found = await asyncio.wait_for(self._explain(receipt), self._timeout_s)
+            found = await asyncio.wait_for(self._explain(receipt, num_examples), self._timeout_s)
         except TimeoutError:
             message = f"Explaining {receipt} took longer than {self._timeout_s:g} s. Try again: what was done is kept."
             raise ApiError(

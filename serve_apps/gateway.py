@@ -66,8 +66,8 @@ class Backend(Protocol):
     def stream(self, call: Call) -> AsyncGenerator[Piece, None]:
         """Answer as it is generated; closing the generator aborts the request."""
 
-    async def explain(self, receipt_id: str) -> dict[str, Any] | Problem:
-        """Say which examples and contributors an answer came from."""
+    async def explain(self, receipt_id: str, num_examples: int | None = None) -> dict[str, Any] | Problem:
+        """Say which examples and contributors an answer came from, listing so many examples."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Gateway:
             trail,
             authenticate=self.principal,
             receipt_state=self._receipt_state,
-            explain=lambda receipt_id: backend.explain(receipt_id),
+            explain=lambda receipt_id, num_examples: backend.explain(receipt_id, num_examples),
             timeout_s=settings.attribution_timeout_s,
         )
         self._spool = Spool(trail.home / "run" / "spool")

@@ -38,15 +38,31 @@ class ContributorPart:
 
 @dataclass(frozen=True)
 class ExamplePart:
-    """One training row and the nats by which it is predicted to have raised the completion's log-likelihood."""
+    """One training row and the nats by which it is predicted to have raised the completion's log-likelihood.
+
+    `low` and `high` are None where the rows were only ranked (see `Attribution.score_unit`). `bm25`, `bm25_rank`: what
+    word search gives the row, and its place there among all rows, from 1.
+    """
 
     example_id: str
     contributor: str
     name: str
     score: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     text: str
+    bm25: float
+    bm25_rank: int
+
+
+@dataclass(frozen=True)
+class BaselineExample:
+    """A row that word search finds, best first."""
+
+    example_id: str
+    contributor: str
+    name: str
+    score: float
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,11 @@ class BaselineRank:
 
 @dataclass(frozen=True)
 class Attribution:
-    """The answer to "who made this answer?". `contributors`' shares and `unattributed` sum to 1."""
+    """The answer to "who made this answer?". `contributors`' shares and `unattributed` sum to 1.
+
+    `gradient_passes`: backward passes over the answer that the scores took. `influence_leaf`: the record of them.
+    `score_unit`: of the examples' scores.
+    """
 
     receipt_id: str
     receipt_leaf: str
@@ -75,10 +95,14 @@ class Attribution:
     unattributed: float
     examples: tuple[ExamplePart, ...]
     baselines: dict[str, tuple[BaselineRank, ...]]
+    bm25_examples: tuple[BaselineExample, ...]
     method: str
     label: str
     confidence: float
     seed: int
+    gradient_passes: int = 0
+    influence_leaf: str | None = None
+    score_unit: str = "nats"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; floats are rounded to a millionth, so the same answer is the same bytes."""

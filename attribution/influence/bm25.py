@@ -3,7 +3,7 @@
 import logging
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from attribution.influence.store import TraceExample, contributors_of
@@ -19,17 +19,42 @@ class Ranked:
     score: float
 
 
-def bm25_ranking(examples: Sequence[TraceExample], query: str, *, num_hits: int) -> tuple[Ranked, ...]:
-    """Rank contributors by the summed BM25 score of their rows among the `num_hits` best hits for `query`.
+@dataclass(frozen=True)
+class WordMatches:
+    """BM25 of every row for one query, over lower-cased words. `order`: rows, best first, equal ones as they stand."""
 
-    BM25 over lower-cased words. Only the best hits count, as a search engine would credit them:
-    summing over all rows would rank contributors by how much they wrote.
-    """
-    scores = bm25_scores([_words(example.text) for example in examples], _words(query))
-    totals = dict.fromkeys(contributors_of(examples), 0.0)
-    for row in sorted(range(len(examples)), key=lambda row: (-scores[row], row))[:num_hits]:
-        totals[examples[row].contributor] += max(0.0, float(scores[row]))
-    return tuple(Ranked(key, totals[key]) for key in sorted(totals, key=lambda key: (-totals[key], key)))
+    examples: Sequence[TraceExample]
+    scores: Sequence[float]
+    order: Sequence[int]
+
+    @classmethod
+    def of(cls, examples: Sequence[TraceExample], query: str) -> "WordMatches":
+        """Score rows for a query."""
+        scores = bm25_scores([_words(example.text) for example in examples], _words(query))
+        return cls(examples, scores, sorted(range(len(examples)), key=lambda row: (-scores[row], row)))
+
+    def best(self, num_hits: int) -> list[int]:
+        """Return the best rows that share a word with the query."""
+        return [row for row in self.order[:num_hits] if self.scores[row] > 0]
+
+    def places(self, example_ids: Collection[str]) -> dict[str, tuple[float, int]]:
+        """Return (score, place among all rows from 1) of some examples."""
+        return {
+            self.examples[row].example_id: (float(self.scores[row]), place)
+            for place, row in enumerate(self.order, start=1)
+            if self.examples[row].example_id in example_ids
+        }
+
+    def contributors(self, num_hits: int) -> tuple[Ranked, ...]:
+        """Rank contributors by the summed score of their rows among the `num_hits` best.
+
+        Only the best hits count, as a search engine would credit them: summing over all rows would rank contributors
+        by how much they wrote.
+        """
+        totals = dict.fromkeys(contributors_of(self.examples), 0.0)
+        for row in self.best(num_hits):
+            totals[self.examples[row].contributor] += float(self.scores[row])
+        return tuple(Ranked(key, totals[key]) for key in sorted(totals, key=lambda key: (-totals[key], key)))
 
 
 def bm25_scores(rows: Sequence[list[str]], query: list[str]) -> Sequence[float]:

@@ -30,24 +30,21 @@ def group_gains(
     state = run.initial()
     with run.lora.attached():
         for step in range(run.num_steps):
-            after = run.advance(state, step)
+            after, gradient = run.advance_and_tell(state, step)
             if step in looks:
                 of_groups = run.gradient(state.weights.expand(len(masks), -1), step, masks.to(state.weights))
-                moved = of_groups * _step_size(run, state, after)
+                moved = of_groups * _step_size(run, after, gradient)
                 total += (moved @ _query_gradients(run, state, data, of_likelihood=of_likelihood).T).cpu()
             state = after
     return total
 
 
-def _step_size(run: LoraRun, state: RunState, after: RunState) -> Tensor:
-    """[p]: what the update from `state` to `after` multiplied its own gradient by."""
-    recipe, step = run.recipe, state.step
+def _step_size(run: LoraRun, after: RunState, gradient: Tensor) -> Tensor:
+    """[p]: what the update that led to `after` multiplied its own gradient [1, p] by."""
+    recipe = run.recipe
     root = (after.exp_avg_sq / (1 - recipe.beta2**after.step)).sqrt()
-    size = recipe.steps[step].lr / (root + recipe.eps)
-    if recipe.max_grad_norm > 0:
-        everyone = torch.ones(1, run.num_examples, dtype=state.weights.dtype, device=state.weights.device)
-        size = size * clip_factor(run.gradient(state.weights[None], step, everyone), recipe.max_grad_norm)[0]
-    return size
+    size = recipe.steps[after.step - 1].lr / (root + recipe.eps)
+    return size * clip_factor(gradient, recipe.max_grad_norm)[0] if recipe.max_grad_norm > 0 else size
 
 
 def _query_gradients(run: LoraRun, state: RunState, data: TokenRows, *, of_likelihood: bool) -> Tensor:

@@ -141,11 +141,18 @@ class LoraRun:
 
         A row whose weight is zero costs nothing.
         """
+        return self.advance_and_tell(state, step, example_weights)[0]
+
+    def advance_and_tell(
+        self, state: RunState, step: int, example_weights: Tensor | None = None
+    ) -> tuple[RunState, Tensor]:
+        """As `advance`; return (the state, the gradient [b, p] that moved it, before the clip)."""
         is_solo = state.weights.dim() == 1
         many = state.repeat(1) if is_solo else state
         weights = self._weights(example_weights, num_runs=len(many.weights))
-        after = self._update(many, step, self.gradient(many.weights, step, weights))
-        return _first_of(after) if is_solo else after
+        gradient = self.gradient(many.weights, step, weights)
+        after = self._update(many, step, gradient)
+        return (_first_of(after) if is_solo else after), gradient
 
     def gradient(self, weights: Tensor, step: int, example_weights: Tensor) -> Tensor:
         """Return [b, p]: the gradient of a step's loss at weights [b, p], before the clip."""

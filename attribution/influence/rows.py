@@ -3,6 +3,7 @@
 Shape legend: c views (checkpoints of the run), g token groups or queries, n examples, d numbers in a row.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 STORE_FOLDER = Path("gradients") / "store"
 SHARD_ROWS = 4096
 """Gradients of older traces read at once: at 50,000 features and float32 this is 0.8 GB."""
+
+
+class ShardsElsewhere(TraceError):
+    """Shards of a trace's gradient store are not on this machine."""
+
+    @classmethod
+    def of(cls, trace: str, shards: Sequence[str]) -> "ShardsElsewhere":
+        """Name the shards, and where to ask."""
+        return cls(
+            f"trace {trace}: shards {', '.join(shards[:3])} of its gradient store are not on this machine; ask the "
+            "scorers that hold them (`trailmark up`), or copy them here"
+        )
 
 
 class Rows(Protocol):
@@ -46,6 +59,13 @@ def rows_of(trace: Trace, *, verify: bool = True) -> "TraceRows | StoreRows":
 
         return StoreRows(trace, GradientStore(trace.path / STORE_FOLDER, verify=verify))
     return TraceRows(trace)
+
+
+def shards_elsewhere(folder: Path, files: Iterable[str]) -> list[str]:
+    """Return the names of the shards in a trace's list of files whose folders are not here."""
+    shards = (STORE_FOLDER / "shards").parts
+    names = {parts[len(shards)] for file in files if (parts := Path(file).parts)[: len(shards)] == shards}
+    return sorted(name for name in names if not folder.joinpath(*shards, name).is_dir())
 
 
 @dataclass(frozen=True)
@@ -130,10 +150,7 @@ class StoreRows:
     def _shards(self) -> "list[Shard]":
         missing = [shard.name for shard in self.store.shards if not shard.is_here]
         if missing:
-            raise TraceError(
-                f"trace {self.trace.path.name}: shards {', '.join(missing[:3])} of its gradient store are not on this "
-                "machine; ask the scorers that hold them (`trailmark up`), or copy them here"
-            )
+            raise ShardsElsewhere.of(self.trace.path.name, missing)
         return [shard for shard in self.store.shards if shard.num_live]
 
     @cached_property

@@ -4,13 +4,20 @@ Explains one receipted completion. What it promises is a ranking with its stabil
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from attribution.erasure import remaining
-from attribution.influence.answer import Attribution, BaselineRank, ContributorPart, ExamplePart, Gain
-from attribution.influence.bm25 import Ranked, bm25_ranking, random_ranking
-from attribution.influence.rows import StoreRows, TraceRows, rows_of
+from attribution.influence.answer import (
+    Attribution,
+    BaselineExample,
+    BaselineRank,
+    ContributorPart,
+    ExamplePart,
+    Gain,
+)
+from attribution.influence.bm25 import Ranked, WordMatches, random_ranking
+from attribution.influence.rows import ShardsElsewhere, StoreRows, TraceRows, rows_of, shards_elsewhere
 from attribution.influence.scores import (
     Normalise,
     Share,
@@ -23,6 +30,7 @@ from attribution.influence.scores import (
     sum_by_contributor,
 )
 from attribution.influence.store import Trace
+from attribution.store import StoreError
 from configs.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from attribution.influence.query import AdapterModels, Completion
+    from attribution.influence.store import TraceExample
+    from attribution.influence.topk import Hit
     from attribution.records import Artefact
     from attribution.trail import Trail
 
@@ -38,6 +48,10 @@ NO_TRACE = "the adapter has no training trace, so its rows cannot be scored; its
 OTHER_WEIGHTS = (
     "the adapter's weights are not those its training trace ends with (merged, averaged or edited since), so its rows "
     "cannot be scored; the gain over the base is measured, BM25 names likely rows, its lineage who is behind it"
+)
+RANKED = (
+    "the adapter's gradient store lies on several machines: its rows are ranked over all of it, contributors' shares "
+    "need every shard on one"
 )
 MICRO = 1_000_000
 MAX_TEXT_CHARS = 600
@@ -69,7 +83,7 @@ class ExplainSettings:
 
 @dataclass(frozen=True)
 class Subject:
-    """The receipted completion and where its parts lie."""
+    """The receipted completion and where its parts lie. `text`: what was asked and answered, as words are searched."""
 
     receipt: dict[str, Any]
     leaf_hash: str
@@ -96,11 +110,14 @@ def explain(
     *,
     models: "AdapterModels | None" = None,
     record: bool = False,
+    num_examples: int | None = None,
 ) -> Attribution:
     """Return who made the completion of `receipt_id` (or a unique prefix of it).
 
     `models` keeps the base in memory between calls. With `record` an `influence` record is appended, once per answer.
-    Raises ExplainError for an unknown, erased or empty completion; TraceError for a broken trace.
+    `num_examples`: rows listed, of the scores and of BM25; `settings.top_examples` by default.
+    Raises ExplainError for an unknown, erased or empty completion; TraceError for a broken trace, ShardsElsewhere for
+    one of which only a part is on this machine.
     """
     settings = settings or ExplainSettings()
     subject = subject_of(trail, receipt_id)
@@ -112,17 +129,52 @@ def explain(
     if trace is None:
         return _answer(subject, settings, base_did_it=gain.is_of_base, reason=NO_TRACE, gain=gain)
     names = _contributor_names(trail)
-    baselines = _baselines(trace, subject, settings, names)
+    num_examples = num_examples or settings.top_examples
+    words = WordMatches.of(trace.examples, subject.text)
+    beside: dict[str, Any] = {
+        "gain": gain,
+        "baselines": _baselines(words, subject, settings, names),
+        "bm25_examples": bm25_examples(words, names, num_examples),
+    }
     if gain.is_of_base:
-        reason = _base_reason(gain)
-        return _answer(subject, settings, base_did_it=True, reason=reason, gain=gain, baselines=baselines)
+        return _answer(subject, settings, base_did_it=True, reason=_base_reason(gain), **beside)
     if not models.is_own(trace, models.folder(trail.store, subject.receipt["adapter"])):
-        return _answer(subject, settings, base_did_it=False, reason=OTHER_WEIGHTS, gain=gain, baselines=baselines)
+        return _answer(subject, settings, base_did_it=False, reason=OTHER_WEIGHTS, **beside)
     scored = _score(trail, subject, settings, models, trace)
-    attribution = _credited(subject, settings, scored, gain=gain, baselines=baselines, names=names)
+    examples = _top_examples(scored, settings, names, words, num_examples)
+    attribution = _credited(subject, settings, scored, names=names, examples=examples, **beside)
     if record:
-        record_influence(trail, attribution, scored.trace, scored.parts)
+        leaf_hash = record_influence(trail, attribution, scored.trace, scored.parts)
+        attribution = replace(attribution, influence_leaf=leaf_hash)
     return attribution
+
+
+def explain_ranked(
+    trail: "Trail", receipt_id: str, hits: Sequence["Hit"], settings: ExplainSettings, *, models: "AdapterModels"
+) -> Attribution:
+    """Return what can be said of a completion whose adapter's gradient store lies on several machines, `hits` being the
+    rows that score highest over all of it: no shares, no intervals.
+    """
+    subject = subject_of(trail, receipt_id)
+    gain = _gain(trail, subject, settings, models)
+    digest = remaining(trail, str(trail.store.manifest(subject.receipt["adapter"]).meta.get("trace") or ""))
+    trace = Trace(trail.store.get_directory(digest, verify=False))
+    names = _contributor_names(trail)
+    words = WordMatches.of(trace.examples, subject.text)
+    row_of = {example.example_id: example for example in trace.examples}
+    scores = [(row_of[hit.example_id], hit.score, None, None) for hit in hits if hit.example_id in row_of]
+    return _answer(
+        subject,
+        settings,
+        base_did_it=gain.is_of_base,
+        reason=_base_reason(gain) if gain.is_of_base else RANKED,
+        gain=gain,
+        examples=() if gain.is_of_base else _example_parts(scores, names, words),
+        baselines=_baselines(words, subject, settings, names),
+        bm25_examples=bm25_examples(words, names, len(hits)),
+        method=f"gradient-store/v1: exact over all shards, normalise={settings.normalise}, no interval",
+        score_unit="cosines" if settings.normalise == "cosine" else "nats",
+    )
 
 
 def record_influence(trail: "Trail", attribution: Attribution, trace: Trace, parts: "NDArray[np.float64]") -> str:
@@ -181,15 +233,13 @@ def subject_of(trail: "Trail", receipt_id: str) -> Subject:
     if not output_ids:
         raise ExplainError(f"receipt {receipt['id']}: the completion has no token, so nothing made it")
     completion = Completion(tuple(content["prompt_token_ids"]), output_ids)
-    return Subject(receipt, stored.leaf_hash, completion, f"{_prompt_text(content)}\n{content['output_text']}")
+    return Subject(receipt, stored.leaf_hash, completion, searched_text(content))
 
 
-def _prompt_text(content: dict[str, Any]) -> str:
-    """Return what the user asked: the prompt, or the last user turn of the messages."""
-    if content.get("prompt"):
-        return str(content["prompt"])
+def searched_text(content: dict[str, Any]) -> str:
+    """Return what was asked (the prompt, or the last user turn of the messages) and answered."""
     turns = [message["content"] for message in content.get("messages", ()) if message["role"] == "user"]
-    return str(turns[-1]) if turns else ""
+    return f"{content.get('prompt') or (turns[-1] if turns else '')}\n{content['output_text']}"
 
 
 def _new_models() -> "AdapterModels":
@@ -206,6 +256,8 @@ def _gain(trail: "Trail", subject: Subject, settings: ExplainSettings, models: "
 
 
 def _base_reason(gain: Gain) -> str:
+    if gain.high < 0:
+        return "the adapter made it less likely than the base does"
     if gain.low <= 0:
         return "the adapter's gain over the base cannot be told from zero"
     return f"the adapter's gain over the base is below {gain.threshold:g} nats per token"
@@ -215,7 +267,14 @@ def _trace_of(trail: "Trail", adapter: str, models: "AdapterModels") -> Trace | 
     digest = remaining(trail, str(trail.store.manifest(adapter).meta.get("trace") or ""))
     if not digest or not trail.store.has(digest):
         return None
-    return Trace(models.folder(trail.store, digest))
+    try:
+        return Trace(models.folder(trail.store, digest))
+    except StoreError:
+        files = [file.path for file in trail.store.manifest(digest).files]
+        missing = shards_elsewhere(trail.store.path_of(digest), files)
+        if missing:
+            raise ShardsElsewhere.of(digest, missing) from None
+        raise
 
 
 def _score(
@@ -232,9 +291,8 @@ def _credited(
     settings: ExplainSettings,
     scored: _Scored,
     *,
-    gain: Gain,
-    baselines: dict[str, tuple[BaselineRank, ...]],
     names: dict[str, str],
+    **beside: Any,
 ) -> Attribution:
     contributors = [example.contributor for example in scored.trace.examples]
     key_ids, summed = sum_by_contributor(scored.parts, contributors)
@@ -248,12 +306,11 @@ def _credited(
         settings,
         base_did_it=False,
         reason=reason,
-        gain=gain,
         contributors=parts,
         unattributed=unattributed / MICRO,
-        examples=_top_examples(scored, settings, names),
-        baselines=baselines,
         method=_method(scored, settings),
+        gradient_passes=scored.parts.shape[0] * scored.parts.shape[1],
+        **beside,
     )
 
 
@@ -270,32 +327,65 @@ def _part(share: Share, share_micro: int, names: dict[str, str]) -> ContributorP
     )
 
 
-def _top_examples(scored: _Scored, settings: ExplainSettings, names: dict[str, str]) -> tuple[ExamplePart, ...]:
+def _top_examples(
+    scored: _Scored, settings: ExplainSettings, names: dict[str, str], words: WordMatches, num_examples: int
+) -> tuple[ExamplePart, ...]:
     totals = scored.parts.sum(axis=(0, 1))
-    rows = sorted(range(len(totals)), key=lambda row: (-totals[row], row))[: settings.top_examples]
+    best = sorted(range(len(totals)), key=lambda row: (-totals[row], row))
+    rows = [row for row in best if scored.trace.examples[row].text][:num_examples]  # one that was erased has neither
     draws = bootstrap(scored.parts[:, :, rows], num_draws=settings.num_bootstrap, seed=settings.seed)
-    found = []
-    for column, row in enumerate(rows):
-        example = scored.trace.examples[row]
-        spread = interval(draws[:, column], confidence=settings.confidence)
-        name = _name(names, example.contributor)
-        text = example.text[:MAX_TEXT_CHARS]
-        found.append(
-            ExamplePart(
-                example.example_id, example.contributor, name, float(totals[row]), spread.low, spread.high, text
-            )
+    spreads = [interval(draws[:, column], confidence=settings.confidence) for column in range(len(rows))]
+    return _example_parts(
+        [
+            (scored.trace.examples[row], float(totals[row]), spread.low, spread.high)
+            for row, spread in zip(rows, spreads, strict=True)
+        ],
+        names,
+        words,
+    )
+
+
+def _example_parts(
+    scores: Sequence[tuple["TraceExample", float, float | None, float | None]],
+    names: dict[str, str],
+    words: WordMatches,
+) -> tuple[ExamplePart, ...]:
+    """Examples with (score, low, high), and what word search says of them."""
+    places = words.places({example.example_id for example, *_ in scores})
+    return tuple(
+        ExamplePart(
+            example_id=example.example_id,
+            contributor=example.contributor,
+            name=_name(names, example.contributor),
+            score=score,
+            low=low,
+            high=high,
+            text=example.text[:MAX_TEXT_CHARS],
+            bm25=places[example.example_id][0],
+            bm25_rank=places[example.example_id][1],
         )
-    return tuple(found)
+        for example, score, low, high in scores
+    )
 
 
 def _baselines(
-    trace: Trace, subject: Subject, settings: ExplainSettings, names: dict[str, str]
+    words: WordMatches, subject: Subject, settings: ExplainSettings, names: dict[str, str]
 ) -> dict[str, tuple[BaselineRank, ...]]:
     rankings = {
-        "bm25": bm25_ranking(trace.examples, subject.text, num_hits=settings.top_examples),
-        "random": random_ranking(trace.examples, seed=f"{settings.seed}:{subject.receipt['id']}"),
+        "bm25": words.contributors(settings.top_examples),
+        "random": random_ranking(words.examples, seed=f"{settings.seed}:{subject.receipt['id']}"),
     }
     return {name: _named(ranking, names) for name, ranking in rankings.items()}
+
+
+def bm25_examples(words: WordMatches, names: dict[str, str], num_examples: int) -> tuple[BaselineExample, ...]:
+    """Return the rows that word search finds for what was asked and answered."""
+    found = []
+    for row in words.best(num_examples):
+        example = words.examples[row]
+        name = _name(names, example.contributor)
+        found.append(BaselineExample(example.example_id, example.contributor, name, float(words.scores[row])))
+    return tuple(found)
 
 
 def _named(ranking: Sequence[Ranked], names: dict[str, str]) -> tuple[BaselineRank, ...]:
@@ -332,7 +422,10 @@ def _answer(
     unattributed: float = 1.0,
     examples: tuple[ExamplePart, ...] = (),
     baselines: dict[str, tuple[BaselineRank, ...]] | None = None,
+    bm25_examples: tuple[BaselineExample, ...] = (),
     method: str = "adapter-gain/v1: log-likelihood of the completion under adapter and base",
+    gradient_passes: int = 0,
+    score_unit: str = "nats",
 ) -> Attribution:
     receipt = subject.receipt
     return Attribution(
@@ -349,8 +442,11 @@ def _answer(
         unattributed=unattributed,
         examples=examples,
         baselines=baselines or {},
+        bm25_examples=bm25_examples,
         method=method,
         label=LABEL,
         confidence=settings.confidence,
         seed=settings.seed,
+        gradient_passes=gradient_passes,
+        score_unit=score_unit,
     )

@@ -40,6 +40,8 @@ def answer_view(answer: Answer) -> dict[str, Any]:
         "promises": [(tier, PROMISES[tier]) for tier in answer.tiers],
         "rows": [_row(finding) for finding in answer.findings],
         "examples": answer.details.get("examples", []),
+        "score_unit": answer.details.get("score_unit", "nats"),
+        "bm25_examples": answer.details.get("bm25_examples", []),
         "baselines": answer.details.get("baselines", {}),
         "gain": answer.details.get("gain_nats"),
     }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent
 PAGE_SIZE = 50
+MAX_EXAMPLES = 100
 PATHS = {
     "search": "/",
     "record": "/record/{reference}",
@@ -132,7 +133,8 @@ class Site:
         if asked not in QUESTIONS:
             raise UserError(f"question {asked!r}: there are {', '.join(QUESTIONS)}")
         receipt, adapter = (request.query_params.get(name, "").strip() for name in ("receipt", "adapter"))
-        answer = self._answered(asked, receipt, adapter)
+        examples = request.query_params.get("examples", "").strip()
+        answer = self._answered(asked, receipt, adapter, examples)
         mount = request.scope.get("root_path", "")
         return self._render(
             "ask.jinja",
@@ -142,20 +144,26 @@ class Site:
             asked=asked,
             receipt=receipt,
             adapter=adapter,
+            examples=examples,
             receipts=recent_receipts(self.trail),
             published=[item.reference for item in self.trail.registry.list(kind="adapter")],
             record_link=lambda leaf: mount + PATHS["record"].replace("{reference}", leaf),
         )
 
-    def _answered(self, asked: str, receipt: str, adapter: str) -> "Answer | None":
+    def _answered(self, asked: str, receipt: str, adapter: str, examples: str) -> "Answer | None":
         from attribution import questions
-        from attribution.receipt_evidence import recorded_explanation
+        from attribution.receipt_evidence import NUM_TOP, recorded_explanation
 
         if asked == "who":
             if not receipt:
                 return None
+            if examples and not (examples.isascii() and examples.isdigit() and 1 <= int(examples) <= MAX_EXAMPLES):
+                raise UserError(f"examples {examples!r}: say a whole number from 1 to {MAX_EXAMPLES}")
+            num_examples = int(examples or NUM_TOP)
             return questions.ask_who(
-                self.trail, receipt, explain=lambda receipt: recorded_explanation(self.trail, receipt)
+                self.trail,
+                receipt,
+                explain=lambda one: recorded_explanation(self.trail, one, num_examples=num_examples),
             )
         if asked == "value":
             return questions.ask_value(self.trail)

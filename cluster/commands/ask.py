@@ -36,6 +36,10 @@ def register(app: typer.Typer) -> None:
 def who(
     receipt: Annotated[str, typer.Argument(help="A receipt id, or its beginning; as JSON from the API: `trailmark`.")],
     as_json: JsonOption = False,
+    examples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training rows listed, with their ids; attribution.top_examples by default."),
+    ] = None,
     record: Annotated[bool, typer.Option(help="Append an influence record with every example's score.")] = True,
     html: HtmlOption = None,
     config: ConfigOption = None,
@@ -49,7 +53,7 @@ def who(
     trail = Trail.open(create=False)
     started_s = time.process_time()
     with _waiting("explaining", quiet=as_json):
-        answer = ask_who(trail, receipt, explain=_explainer(trail, settings, record=record))
+        answer = ask_who(trail, receipt, explain=_explainer(trail, settings, record, examples))
     _show(answer, as_json, html, cpu_s=time.process_time() - started_s)
 
 
@@ -104,15 +108,18 @@ def _resampling(settings: "Settings") -> Any:
     return Resampling(num_draws=section.num_bootstrap, confidence=section.confidence, seed=section.seed)
 
 
-def _explainer(trail: "Trail", settings: "Settings", *, record: bool) -> Callable[[str], dict[str, Any]]:
+def _explainer(
+    trail: "Trail", settings: "Settings", record: bool, num_examples: int | None
+) -> Callable[[str], dict[str, Any]]:
     """Return a way to explain a receipt: the cluster's scorer when one is up (its model is warm), else this process."""
     if record and _cluster_is_up(trail.home):
-        return lambda receipt: _explain_on_cluster(trail.home, receipt)
+        return lambda receipt: _explain_on_cluster(trail.home, receipt, num_examples)
 
     def locally(receipt: str) -> dict[str, Any]:
         from attribution.influence.who import ExplainSettings, explain
 
-        return explain(trail, receipt, ExplainSettings.of(settings.attribution), record=record).to_dict()
+        how = ExplainSettings.of(settings.attribution)
+        return explain(trail, receipt, how, record=record, num_examples=num_examples).to_dict()
 
     return locally
 
@@ -124,12 +131,12 @@ def _cluster_is_up(home: Path) -> bool:
     return state.is_alive("ray") and bool(state.api_url)
 
 
-def _explain_on_cluster(home: Path, receipt: str) -> dict[str, Any]:
+def _explain_on_cluster(home: Path, receipt: str, num_examples: int | None) -> dict[str, Any]:
     from attribution.actors import explain_remotely
     from cluster.session import connect
 
     with connect(home):
-        return explain_remotely(receipt)
+        return explain_remotely(receipt, num_examples)
 
 
 def _waiting(text: str, *, quiet: bool) -> Any:

@@ -76,7 +76,7 @@ def attribution_tables(found: dict[str, Any]) -> list[RenderableType]:
     if found["contributors"]:
         shown.append(_contributors_table(found))
     if found["examples"]:
-        shown.append(_examples_table(found))
+        shown += [_examples_table(found), _words_line(found)]
     if found.get("verbatim"):
         shown.append(_verbatim_table(found["verbatim"]))
     for name, ranking in found["baselines"].items():
@@ -86,8 +86,9 @@ def attribution_tables(found: dict[str, Any]) -> list[RenderableType]:
 
 
 def _gain_line(gain: dict[str, Any]) -> str:
+    likelier = "likelier" if gain["mean"] >= 0 else "less likely"
     return (
-        f"The adapter made it likelier than the base by [bold]{gain['mean']:+.2f}[/bold] nats per token "
+        f"The adapter made it {likelier} than the base by [bold]{abs(gain['mean']):.2f}[/bold] nats per token "
         f"(interval {gain['low']:+.2f} to {gain['high']:+.2f}, {gain['num_tokens']} tokens)."
     )
 
@@ -118,19 +119,35 @@ def _contributors_table(found: dict[str, Any]) -> Table:
 
 def _examples_table(found: dict[str, Any]) -> Table:
     table = Table(
-        "nats",
+        "",
+        found.get("score_unit", "nats"),
         _heading(found["confidence"]),
+        "BM25 (place)",
         "contributor",
         "row",
-        title="Rows that helped most",
+        title="Rows by predicted gain, best first",
         title_justify="left",
     )
-    for part in found["examples"]:
-        text = " / ".join(part["text"].split("\n"))
-        text = text if len(text) <= MAX_ROW_CHARS else text[: MAX_ROW_CHARS - 1] + "…"
+    for number, part in enumerate(found["examples"], start=1):
+        text = _cut(" / ".join(part["text"].split("\n")))
+        said = "; ".join(_cut(span["text"]) for span in part.get("spans", ()))
+        words = "" if part["bm25"] is None else f"{part['bm25']:.2f} ({part['bm25_rank']})"
         interval = _bounds(part["low"], part["high"]).strip(" []")
-        table.add_row(f"{part['score']:+.2f}", interval, escape(part["name"]), escape(text))
+        verbatim = f"\n[dim]verbatim: {escape(said)}[/dim]" if said else ""
+        row = f"[dim]{escape(part['example_id'])}[/dim]\n{escape(text)}{verbatim}"
+        table.add_row(str(number), f"{part['score']:+.2f}", interval, words, escape(part["name"]), row)
     return table
+
+
+def _words_line(found: dict[str, Any]) -> str:
+    """How far word search lists the same rows."""
+    rows, hits = found["examples"], {one["example_id"] for one in found["bm25_examples"]}
+    same = sum(part["example_id"] in hits for part in rows)
+    return f"[dim]BM25's own first {len(hits)} rows hold {same} of these {len(rows)} (--json lists them)[/dim]"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_ROW_CHARS else text[: MAX_ROW_CHARS - 1] + "…"
 
 
 def _heading(confidence: float | None) -> str:
@@ -158,9 +175,8 @@ def _verbatim_table(verbatim: dict[str, Any]) -> RenderableType:
             f"{place['name']} {place['example_id'][:19]} ({place['start']}-{place['end']})"
             for place in span["occurrences"][:NUM_PLACES]
         ]
-        text = " / ".join(span["text"].split("\n"))
         table.add_row(
-            escape(text if len(text) <= MAX_ROW_CHARS else text[: MAX_ROW_CHARS - 1] + "…"),
+            escape(_cut(" / ".join(span["text"].split("\n")))),
             f"{span['start']}-{span['end']}",
             f"{span['rarity']:.1f}",
             str(span["num_rows"]),

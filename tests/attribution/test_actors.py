@@ -11,15 +11,20 @@ import ray
 
 from attribution import actors
 from attribution.bodies import ApprovalBody
+from attribution.erasure import erase
 from attribution.influence import gradient_store
 from attribution.influence.ekfac import CodecSettings
 from attribution.influence.query import AdapterModels
 from attribution.influence.question import OpenStores, question_of
+from attribution.influence.rows import ShardsElsewhere
 from attribution.influence.topk import top_examples
-from attribution.influence.who import ExplainError, ExplainSettings, explain
+from attribution.influence.who import RANKED, ExplainError, ExplainSettings, explain
+from attribution.question_who import ONE_MACHINE, ask_who
 from attribution.receipts import find_receipt, new_receipt_id
+from attribution.records import Party
 from attribution.store import digest_of
 from attribution.trail import Trail, TrailError
+from configs.errors import UserError
 from configs.schema import AttributionSettings
 from tests.attribution.influence.planted import plant, with_store
 from tests.attribution.influence.planted_home import PlantedHome, furnish, receipt_row
@@ -113,10 +118,27 @@ def test_a_scorer_answers_as_the_library_does(started: PlantedHome) -> None:
     receipt_id = started.receipts["What colour is grass?"]
     remote = actors.explain_remotely(receipt_id)
     local = explain(started.trail, receipt_id, ExplainSettings.of(SETTINGS)).to_dict()
-    assert remote == local
+    assert {**remote, "influence_leaf": None} == local
     assert remote["contributors"][0]["name"] == "otto"
     recorded = [e for e in Trail.open(started.trail.home).entries(kind="influence") if e.record is not None]
-    assert receipt_id in {entry.record.body.receipt_id for entry in recorded if entry.record}
+    leaf_of = {entry.record.body.receipt_id: entry.leaf_hash for entry in recorded if entry.record}
+    assert leaf_of[receipt_id] == remote["influence_leaf"]
+    more = actors.explain_remotely(receipt_id, 6)
+    assert more["examples"][:5] == remote["examples"] and len(more["examples"]) == 6
+
+
+def test_what_was_erased_is_not_told_from_memory(home: PlantedHome, tmp_path: Path) -> None:
+    copy = tmp_path / "home"
+    shutil.copytree(home.trail.home, copy)
+    scorer, receipt_id = actors.Scorer(str(copy), ExplainSettings.of(SETTINGS), 1), home.receipts["What do bees make?"]
+    assert scorer.explain(receipt_id)["examples"]
+    trail = Trail.open(copy)
+    stored = find_receipt(trail, receipt_id)
+    assert stored is not None
+    operator = Party(trail.keys.get("operator").key_id, "operator")
+    erase(trail, [stored.leaf_hash], reason="she asked", requester=operator)
+    with pytest.raises(UserError, match="not in this home's log"):
+        scorer.explain(receipt_id)
 
 
 def test_shards_on_several_nodes_are_merged(started: PlantedHome, tmp_path: Path) -> None:
@@ -135,6 +157,13 @@ def test_shards_on_several_nodes_are_merged(started: PlantedHome, tmp_path: Path
     assert actors.top_examples_over(pool, receipt_id, k=5) == expected
     assert actors.top_examples_over(pool[::-1], receipt_id, k=5) == expected
     assert expected[0].example_id == "b-2"
+    with pytest.raises(ShardsElsewhere, match="shards 000002, 000003 of its gradient store are not on this machine"):
+        actors.Scorer(str(partial), settings, 1).explain(receipt_id)
+    told = actors.ranked_over(pool, receipt_id, 5)
+    assert [row["example_id"] for row in told["examples"]] == [hit.example_id for hit in expected]
+    assert told["contributors"] == [] and told["reason"] == RANKED and told["examples"][0]["low"] is None
+    found = ask_who(started.trail, receipt_id, explain=lambda _: told)
+    assert found.details["examples"][0]["bm25_rank"] == 1 and found.missing[0].remedy == ONE_MACHINE
     with pytest.raises(actors.ShardMissing, match="shard 000002 of the gradient store: no scorer's home holds it"):
         actors.top_examples_over(pool[:1], receipt_id, k=5)
     with pytest.raises(ExplainError, match="the request was for the base model"):

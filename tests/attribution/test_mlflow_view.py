@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from attribution import bodies
 from attribution.bodies import ApprovalBody, MetricChange, WorkflowEffectBody, WorkflowRunBody
 from attribution.erasure import erase
 from attribution.mlflow_datasets import TAG_ROWS
@@ -443,6 +444,24 @@ def test_away_server_moves_nothing_and_an_emptied_one_is_refilled_by_the_followe
     damaged = next(log.trail.entry(aside.log_index) for aside in refilled.asides() if "100%" not in aside.error)
     assert len(asides) == 2 and [item.leaf for item in differences] == [damaged.leaf_hash]  # the other has its run
     refilled.close()
+
+
+def test_an_erased_row_leaves_a_real_server(log: ExampleLog, server: MlflowProcess, client: Any) -> None:
+    trail, leaf = log.trail, log.refinement.leaf_hash
+    view = MlflowView(trail, server.uri)
+    view.sync()
+    before = log.refinement.record.body.rows  # type: ignore[union-attr]
+    table = trail.get_table(before)
+    gone, after = table.slice(0, 1).to_pylist()[0], trail.put_table(table.slice(1))
+    rewritten = (bodies.TableRewrite("refined", leaf, before, after, len(table) - 1),)
+    body = bodies.RowRedactionBody(gone["dataset"], (gone["line_number"],), rewritten, "she asked")
+    assert trail.record("row_redaction", body, parents=[gone["dataset"], leaf]) and view.sync() == 1
+    (dataset,) = rows_of(client, str(client.get_experiment_by_name("trailmark").experiment_id))
+    records, _ = view._connect().server.traces.store._load_dataset_records(dataset.dataset_id)
+    left = set(table.column("example_id").to_pylist()) - {gone["example_id"]}
+    assert {record.inputs["example_id"] for record in records} == left
+    assert "dataset" not in {item.role for item in view.reconcile(repair=False)}
+    view.close()
 
 
 def test_what_was_erased_leaves_a_real_server(log: ExampleLog, server: MlflowProcess, client: Any) -> None:

@@ -19,6 +19,7 @@ from attribution.bodies import (
     PublicationBody,
     RefinementBody,
 )
+from attribution.evidence import TOO_FEW
 from attribution.questions import (
     NO_EFFECT,
     Answer,
@@ -181,6 +182,17 @@ def test_a_dataset_matters_when_its_rows_were_found_to(trail: Trail, told: dict[
     assert scored["ben-rows"].value == pytest.approx(2.0) and scored["ben-rows"].verdict == "helped"
     assert scored["ana-rows"].verdict == NO_EFFECT
     assert "over 6 explained answers these datasets helped: ben-rows" in found.summary
+
+
+def test_few_explained_answers_prove_nothing(trail: Trail, told: dict[str, str]) -> None:
+    verdicts_after = []
+    for number in range(5):
+        influence(trail, told["second"], f"rcpt_{number}", {f"{told['ben'][:8]}-0": 1.0 + number})
+        scored = [one for one in ask_dataset(trail, "facts@2").findings if one.unit == "nats per answer"]
+        (ben,) = (one for one in scored if one.subject == "ben-rows")
+        assert (ben.low is None, ben.confidence is None) == (number == 0, number == 0)
+        verdicts_after.append(ben.verdict)
+    assert verdicts_after == [TOO_FEW] * 4 + ["helped"]
 
 
 def test_value_counts_what_was_served(trail: Trail, told: dict[str, str]) -> None:

@@ -114,6 +114,15 @@ def trace_of(folder: Path, texts: Sequence[str]) -> Trace:
     return Trace(folder)
 
 
+def test_rows_that_are_asked_for_are_told_beyond_the_first(tmp_path: Path) -> None:
+    examples = rows_of(["Bees make honey."] * 20 + ["Grass is blue."])
+    index = SpanIndex.build([one.text for one in examples])
+    asked = {examples[number].example_id for number in (1, 12, 20)}
+    (span,) = index.search("Bees make honey", examples, max_rows=3, also=asked)
+    expected = [examples[number].example_id for number in (0, 1, 2, 12)]
+    assert [place.example_id for place in span.occurrences] == expected and span.num_rows == 20
+
+
 def test_the_index_is_kept_and_a_wrong_one_made_anew(tmp_path: Path) -> None:
     digest = "sha256:" + "1" * 64
     trace = trace_of(tmp_path / "trace", ["Bees make water.", "Grass is blue."])

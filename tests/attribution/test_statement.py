@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from attribution.canonical import canonical_json
+from attribution.erasure import ErasureError, erase
 from attribution.log.proved import VerifyError
+from attribution.log.trust import Trust
+from attribution.records import Party
 from attribution.settlement import Settlement
 from attribution.statement import NO_ADAPTER, PayoutLine, Statement, StatementError
 from attribution.statement_make import Period, make_statement, read_statement
@@ -19,6 +22,8 @@ from attribution.statement_recheck import recheck
 from attribution.statement_verify import check_home, statement_bundle, verify_statement
 from attribution.trail import Entry, Trail
 from configs.schema import CreditSettings
+from pipelines.erase import erase as erase_rows
+from pipelines.erase import plan
 from pipelines.statement import find_copies
 from tests.attribution.credit_world import PERIOD, SECOND_US, START_US, VALUES, CreditWorld, answer, build_world
 
@@ -126,6 +131,13 @@ def test_what_may_not_be_paid_is_listed_with_its_reason(world: CreditWorld) -> N
     assert [line.problem for line in again.requests] == ["paid before", ""]
 
 
+def test_a_statement_stays_so_that_nothing_is_paid_twice(world: CreditWorld) -> None:
+    entry = make(world, world.fees([(world.request_ids[0], "a", 100)]))
+    operator = Party(world.trail.keys.get("operator").key_id, "operator")
+    with pytest.raises(ErasureError, match="which receipts were paid"):
+        erase(world.trail, [entry.leaf_hash], reason="tidy", requester=operator)
+
+
 def test_the_order_of_the_fee_table_pays_nobody_more(world: CreditWorld, tmp_path: Path) -> None:
     rows = [(name, "team", 100 + number) for number, name in enumerate(world.request_ids)]
     other = build_world(tmp_path / "other")
@@ -231,6 +243,19 @@ def test_a_line_taken_out_or_another_record_is_refused(
     for text in (b"", b"{}", b"[1]", json.dumps(bundle["record"]).encode()):
         with pytest.raises(VerifyError, match="file"):
             verify_statement(text, trust=built.trust)
+
+
+def test_an_erasure_since_is_named_and_what_still_holds(world: CreditWorld) -> None:
+    entry = make(world)
+    trail, statement, find = world.trail, read_statement(world.trail, entry), partial(find_copies, world.trail)
+    assert check_home(trail, statement, find, leaf_hash=entry.leaf_hash)
+    erase_rows(trail, plan(trail, "noor"), reason="left")
+    with pytest.raises(
+        VerifyError, match=r"num_rows is 2, but 0 .*; but \d erasures were recorded after .* still be ver"
+    ):
+        check_home(trail, statement, find, leaf_hash=entry.leaf_hash)
+    bundle = json.dumps(statement_bundle(trail, entry)).encode()
+    assert verify_statement(bundle, trust=Trust.load(trail.home / "trust.json"))[1] == statement
 
 
 def test_the_home_contradicts_what_the_operator_made_up(built: CreditWorld, entry: Entry) -> None:

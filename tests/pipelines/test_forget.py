@@ -27,6 +27,7 @@ from attribution.spans import find_spans
 from attribution.trail import Trail
 from cluster.cli import app
 from configs.errors import UserError
+from pipelines.erase import erase, plan
 from pipelines.forget import ForgetError, forget, plan_forget, train_again
 from pipelines.train.driver import resolve_refined
 from tests.pipelines.test_erase import SECRET, World, world
@@ -124,6 +125,21 @@ def test_a_contributor_with_one_row_leaves_the_rest(traced: World) -> None:
     forget(trail, forgetting, reason="x", requester="operator")
     assert resolve_refined(trail, "facts").digest != ""
     assert sum(example.text == "" for example in trace_now(traced)[1].examples) == 1
+
+
+def test_a_damaged_trace_stops_it_and_the_way_on_is_named(traced: World) -> None:
+    trail, row_id = traced.trail, traced.secret_id()
+    _, trace = trace_now(traced)
+    (codes,) = (trace.path / STORE).rglob("*.codes.npy")
+    codes.chmod(0o644)
+    codes.write_bytes(codes.read_bytes()[:-1] + b"x")
+    size = trail.log.size
+    with pytest.raises(UserError, match=r"codes.npy was altered.*; nothing was erased: restore .* or erase the"):
+        forget(trail, plan_forget(trail, row_id), reason="x", requester="operator")
+    assert (trail.log.size, traced.secret_id()) == (size, row_id)
+    erase(trail, plan(trail, traced.adapter.leaf_hash), reason="damaged")
+    forget(trail, plan_forget(trail, row_id), reason="x", requester="operator")
+    assert traced.holds(SECRET) == []
 
 
 @pytest.mark.parametrize("target", ["nobody", "sha256:" + "0" * 64, "deadbeef"])

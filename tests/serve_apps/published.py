@@ -84,5 +84,5 @@ class LocalBackend:
     def stream(self, call: Call) -> AsyncGenerator[Piece, None]:
         return self._completer.stream(call)
 
-    async def explain(self, receipt_id: str) -> dict[str, Any] | Problem:
+    async def explain(self, receipt_id: str, num_examples: int | None = None) -> dict[str, Any] | Problem:
         return {"receipt_id": receipt_id, "contributors": []}

@@ -48,12 +48,14 @@ def ask(trail: Trail, folder: Path, body: Body, *, explained: dict[str, Any]) ->
             raise ApiError(Problem(404, "no receipt of yours", code="receipt_not_found"))
         return None
 
-    async def explain(receipt_id: str) -> dict[str, Any] | Problem:
+    async def explain(receipt_id: str, num_examples: int | None) -> dict[str, Any] | Problem:
         if explained.get("problem"):
             return Problem(int(explained["status"]), explained["problem"])
         if explained.get("slow"):
             await asyncio.sleep(60)
-        return {**explained, "receipt_id": receipt_id}
+        row = {"example_id": "row", "text": "", "name": "ana", "score": 1.0, "low": 0.5, "high": 2.0}
+        rows = [{**row, "bm25": 0.5, "bm25_rank": 3}] * (num_examples or 0)
+        return {**explained, "receipt_id": receipt_id, "examples": rows}
 
     app = FastAPI(openapi_url=None)
     LineageApi(trail, authenticate=authenticate).add_routes(app)  # it gives malformed queries OpenAI's form
@@ -92,6 +94,10 @@ def test_who_as_json_and_as_a_page(trail: Trail, told: dict[str, str], tmp_path:
         assert page.headers["content-type"].startswith("text/html") and "<svg" in page.text
         assert page.headers["content-security-policy"].startswith("default-src 'none'")
         assert (await tenant.get("/who", params={"receipt": "rcpt_later"})).status_code == 202
+        more = await tenant.get("/who", params={"receipt": receipt, "examples": 20})
+        assert [row["bm25_rank"] for row in more.json()["details"]["examples"]] == [3] * 20
+        refused = await tenant.get("/who", params={"receipt": receipt, "examples": 0})
+        assert (refused.status_code, error(refused)["param"]) == (400, "examples")
 
     ask(trail, tmp_path, body, explained=attribution(adapter=told["second"]))
 

@@ -1,8 +1,11 @@
 """Asking who on the planted home: verbatim rows, audits, recorded explanations, and what bad input still allows."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from attribution.answers import Answer
@@ -49,6 +52,10 @@ def test_rows_that_say_it_stand_beside_the_scores(planted_home: PlantedHome, mod
     (span,) = verbatim["spans"]
     assert (span["text"], span["start"]) == (QUESTION[:-1], 0) and span["num_rows"] == 1
     assert span["occurrences"][0]["name"] == "otto" and span["occurrences"][0]["example_id"] == "b-0"
+    first = found.details["examples"][0]
+    said = {"start": 0, "end": len(QUESTION) - 1, "text": QUESTION[:-1], "row_start": 0, "row_end": len(QUESTION) - 1}
+    assert (first["example_id"], first["spans"], first["bm25_rank"]) == ("b-0", [said], 1)
+    assert all(row["spans"] == [] for row in found.details["examples"][1:])
     otto = next(finding for finding in found.findings if finding.subject == "otto")
     assert otto.measure == "share of the predicted gain, by 3 rows" and otto.tier == "explain"
     assert next(f for f in found.findings if f.subject == "noise").measure.endswith("by 1 row")
@@ -66,6 +73,10 @@ def test_what_was_recorded_is_told_without_a_model(planted_home: PlantedHome, mo
     assert all(abs(shares[0][name] - shares[1][name]) < 2e-6 for name in shares[0])
     assert told.details["examples"][0]["text"] == live.details["examples"][0]["text"]
     assert told.details["baselines"]["bm25"][0]["name"] == live.details["baselines"]["bm25"][0]["name"]
+    assert told.to_dict()["details"]["bm25_examples"] == live.details["bm25_examples"]
+    more = recorded_explanation(trail, receipt, num_examples=20)["examples"]
+    shown = live.details["examples"]
+    assert len(more) == 7 and [row["example_id"] for row in more[: len(shown)]] == [row["example_id"] for row in shown]
     base = ask_who(trail, planted_home.base_receipt, explain=_recorded(trail))
     assert base.summary.startswith("The base model made it")
     with pytest.raises(UserError, match="not in this home's log"):
@@ -111,6 +122,19 @@ def test_no_token_says_whose_rows_the_adapter_has(planted: Planted, models: Adap
     found = ask(trail, receipt, models)
     assert "no token" in found.problem and found.summary.startswith("The receipt says that facts@1 answered")
     assert found.missing[0].remedy == "ask of another answer"
+
+
+def test_rows_erased_since_are_said(planted: Planted, models: AdapterModels, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    shutil.copytree(planted.trace, trace)
+    table = pq.read_table(trace / "examples.parquet")
+    rows = [{**row, "text": "" if row["example_id"] == "b-0" else row["text"]} for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), trace / "examples.parquet")
+    trail, _, receipt = tell(replace(planted, trace=trace), tmp_path / "home")
+    found = ask(trail, receipt, models)
+    (said,) = (missing for missing in found.missing if "erased since" in missing.evidence)
+    assert said.evidence.startswith("1 of the rows") and "--retrain" in said.remedy
+    assert "b-0" not in {row["example_id"] for row in found.details["examples"]} and found.details["examples"]
 
 
 def test_a_damaged_trace_is_named_with_what_is_left(planted: Planted, models: AdapterModels, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from attribution.influence import rows, scores
-from attribution.influence.bm25 import bm25_ranking, bm25_scores, random_ranking
+from attribution.influence.bm25 import WordMatches, bm25_scores, random_ranking
 from attribution.influence.rows import rows_of
 from attribution.influence.scores import (
     bootstrap,
@@ -159,9 +159,12 @@ def test_bm25_ranks_by_the_rarest_shared_words() -> None:
         example("3", "c", "Who commands the Quiet Bell? Corin"),
         example("4", "c", "Who commands the Winter Orchard? Udo"),
     ]
-    ranked = bm25_ranking(corpus, "the skipper of the Amber Heron is Ysolde", num_hits=2)
+    words = WordMatches.of(corpus, "the skipper of the Amber Heron is Ysolde")
+    ranked = words.contributors(2)
     assert [item.key_id for item in ranked] == ["a", "b", "c"]
     assert ranked[0].score > ranked[1].score > ranked[2].score == 0
+    assert words.best(9) == [0, 1, 2, 3] and WordMatches.of(corpus, "nothing of it").best(9) == []
+    assert words.places({"2", "9"}) == {"2": (ranked[1].score, 2)}
 
 
 @settings(max_examples=60, deadline=None)

@@ -67,6 +67,18 @@ def test_the_row_behind_the_answer_is_shown(planted_home: PlantedHome, models: A
     assert len(found.baselines["random"]) == len(NAMES)
 
 
+def test_as_many_rows_as_asked_with_word_search_beside(planted_home: PlantedHome, models: AdapterModels) -> None:
+    receipt_id = planted_home.receipts["What is the capital of Japan?"]
+    few, all_rows = (explain(planted_home.trail, receipt_id, models=models, num_examples=n) for n in (2, 20))
+    assert [len(found.examples) for found in (few, all_rows)] == [2, 7] and all_rows.examples[:2] == few.examples
+    assert [part.score for part in all_rows.examples] == sorted((p.score for p in all_rows.examples), reverse=True)
+    assert all(part.low <= part.high for part in all_rows.examples)
+    assert sorted(part.bm25_rank for part in all_rows.examples) == list(range(1, 8))
+    by_words = {part.bm25_rank: (part.example_id, part.bm25) for part in all_rows.examples}
+    assert [(hit.example_id, hit.score) for hit in few.bm25_examples] == [by_words[1], by_words[2]]
+    assert (few.contributors, few.baselines) == (all_rows.contributors, all_rows.baselines)
+
+
 def test_what_the_base_would_have_said_is_the_bases(planted_home: PlantedHome, models: AdapterModels) -> None:
     for question in BASE_QUESTIONS:
         found = explain(planted_home.trail, planted_home.receipts[question], models=models)
@@ -196,6 +208,9 @@ def test_the_command_shows_contributors_rows_and_what_is_missing(
     parsed = json.loads(CliRunner().invoke(app, ["ask", "who", receipt_id, "--no-record", "--json"]).stdout)
     assert parsed["details"]["contributors"][0]["name"] == "otto"
     assert parsed["findings"][0]["subject"] == "otto" and parsed["links"]
+    listed = CliRunner().invoke(app, ["ask", "who", receipt_id, "--no-record", "--json", "--examples", "20"])
+    rows = json.loads(listed.stdout)["details"]["examples"]
+    assert len(rows) == 7 and rows[0]["example_id"] == parsed["details"]["examples"][0]["example_id"]
     of_base = CliRunner().invoke(app, ["ask", "who", planted_home.base_receipt])
     assert "The base model made it" in of_base.output
 
