@@ -130,14 +130,42 @@ class AdapterModels:
         view: str,
         num_groups: int,
     ) -> NDArray[np.float32]:
+        codec, weights, moments = self._checkpoint(factors, trace, store, view)
+        return checkpoint_rows(factors, codec, completion.encoded, weights, exp_avg_sq=moments, num_groups=num_groups)
+
+    def set_features(
+        self,
+        queries: Sequence[Encoded],
+        trace: Trace,
+        store: "GradientStore",
+        *,
+        base: Path,
+        adapter: Path,
+        views: Sequence[str],
+    ) -> NDArray[np.float32]:
+        """Return float32 [views, queries, d] of a query set, in batches. Raises TraceError as `store_features` does."""
+        factors = LoraFactors(self._load(base, adapter))
+        rows = np.empty((len(views), len(queries), store.dim(views[0])), np.float32)
+        with served_again(factors):
+            for index, view in enumerate(views):
+                codec, weights, moments = self._checkpoint(factors, trace, store, view)
+                set_factor_weights(factors, weights)
+                for batch in factors.batches(queries):
+                    pairs = factors.pairs([queries[row] for row in batch])
+                    rows[index, batch] = codec.encode(pairs, exp_avg_sq=moments).detach().cpu().numpy()
+        return rows
+
+    def _checkpoint(
+        self, factors: LoraFactors, trace: Trace, store: "GradientStore", view: str
+    ) -> "tuple[GradientCodec, dict[str, Tensor], dict[str, Tensor] | None]":
+        """Return a checkpoint's codec, weights and second moments. Raises TraceError for another adapter's."""
         codec = self._codec(store, view)
         if list(factors.shapes) != [one.name for one in codec.factors]:
             raise TraceError(
                 f"trace {trace.path.name}: its gradients are of other modules than the adapter's; "
                 "the trace belongs to another adapter"
             )
-        weights, moments = self._state(trace, int(view), with_moments=codec.preconditioner == "adam")
-        return checkpoint_rows(factors, codec, completion.encoded, weights, exp_avg_sq=moments, num_groups=num_groups)
+        return codec, *self._state(trace, int(view), with_moments=codec.preconditioner == "adam")
 
     def _state(
         self, trace: Trace, step: int, *, with_moments: bool

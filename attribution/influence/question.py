@@ -18,6 +18,7 @@ from attribution.influence.topk import Asked
 from attribution.influence.who import NO_TRACE, OTHER_WEIGHTS, ExplainError, subject_of
 
 if TYPE_CHECKING:
+    from attribution.influence.gradients import Encoded
     from attribution.influence.query import AdapterModels
     from attribution.trail import Trail
 
@@ -94,11 +95,32 @@ def question_of(
     if not models.is_own(trace, adapter):
         raise ExplainError(f"receipt {receipt['id']}: {OTHER_WEIGHTS}")
     is_pooled = store.is_summed or (views is None and store.preconditioner != "adam")
-    chosen = tuple(views or (asked_views(store.steps) if is_pooled else store.views[-1:]))
+    chosen = tuple(views or _views(store))
     rows = models.store_features(subject.completion, trace, store, base=base, adapter=adapter, views=chosen)
     if is_pooled:
         return Question(receipt["id"], digest, asked_of_all(store, rows, normalise))
     return Question(receipt["id"], digest, Asked(chosen, rows, normalise))
+
+
+def set_question(
+    trace: Trace,
+    store: GradientStore,
+    queries: "Sequence[Encoded]",
+    *,
+    models: "AdapterModels",
+    base: Path,
+    adapter: Path,
+    normalise: Normalise = "cosine",
+) -> Asked:
+    """Return a query set as a question, a row for each query, asked where `question_of` asks a receipt's."""
+    views = _views(store)
+    rows = models.set_features(queries, trace, store, base=base, adapter=adapter, views=views)
+    return Asked(views, rows, normalise) if store.preconditioner == "adam" else asked_of_all(store, rows, normalise)
+
+
+def _views(store: GradientStore) -> tuple[str, ...]:
+    """Return where an answer's gradient is taken by default."""
+    return store.views[-1:] if store.preconditioner == "adam" else asked_views(store.steps)
 
 
 def asked_views(views: Sequence[str]) -> tuple[str, ...]:

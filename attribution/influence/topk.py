@@ -58,22 +58,43 @@ def top_examples(
     - "cosine": w[c, i] <q[c], h[c, i]> / (|q[c]| |h[c, i]|).
     The same question gives the same answer to the last bit, however shards are divided.
     """
-    corrections = view_corrections(store)
-    factors = [corrections[store.views.index(view)] for view in asked.views]
     found = []
     for shard in _shards(store, shards):
-        scores = np.zeros((asked.num_queries, shard.num_live))
-        weights = exposure(store, shard, asked.views)
-        for index, view in enumerate(asked.views):
-            dots, lengths = shard_dots(shard, view, asked.rows[index], device=device)
-            if asked.normalise == "none":
-                scores += dots * (weights[:, index] * factors[index])
-            else:
-                asked_lengths = np.linalg.norm(asked.rows[index].astype(np.float64), axis=1)[:, None]
-                cosines = dots / np.maximum(asked_lengths * lengths, TINY)
-                scores += cosines * weights[:, index]
-        found.append([_best(row, shard, k) for row in scores])
+        found.append([_best(row, shard, k) for row in _scores(store, asked, shard, device=device)])
     return tuple(merge((part[query] for part in found), k=k) for query in range(asked.num_queries))
+
+
+def top_of_set(store: "GradientStore", asked: Asked, *, k: int) -> tuple[tuple[Hit, ...], NDArray[np.float64]]:
+    """Return the k examples of the highest mean score over the queries, and each query's score of them [k, q].
+
+    Semantics of a score: see `top_examples`. All shards must be on this machine.
+    """
+    hits: list[list[Hit]] = []
+    columns: dict[str, NDArray[np.float64]] = {}
+    for shard in _shards(store, None):
+        scores = _scores(store, asked, shard)
+        best = _best(scores.mean(axis=0), shard, k)
+        place = {shard.ids[row]: column for column, row in enumerate(shard.live)}
+        columns |= {hit.example_id: scores[:, place[hit.example_id]] for hit in best}
+        hits.append(best)
+    merged = merge(hits, k=k)
+    return merged, np.array([columns[hit.example_id] for hit in merged]).reshape(len(merged), asked.num_queries)
+
+
+def _scores(store: "GradientStore", asked: Asked, shard: "Shard", *, device: str = "cpu") -> NDArray[np.float64]:
+    """Return [q, n] of a shard's live examples; see `top_examples`."""
+    corrections = view_corrections(store)
+    scores = np.zeros((asked.num_queries, shard.num_live))
+    weights = exposure(store, shard, asked.views)
+    for index, view in enumerate(asked.views):
+        dots, lengths = shard_dots(shard, view, asked.rows[index], device=device)
+        if asked.normalise == "none":
+            scores += dots * (weights[:, index] * corrections[store.views.index(view)])
+        else:
+            asked_lengths = np.linalg.norm(asked.rows[index].astype(np.float64), axis=1)[:, None]
+            cosines = dots / np.maximum(asked_lengths * lengths, TINY)
+            scores += cosines * weights[:, index]
+    return scores
 
 
 def merge(parts: Iterable[Sequence[Hit]], *, k: int) -> tuple[Hit, ...]:

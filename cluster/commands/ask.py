@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(no_args_is_help=True, help="Who and what made an answer, a gain, a period's value.")
     group.command()(who)
+    group.command()(rows)
     group.command()(improved)
     group.command()(dataset)
     group.command()(adapter)
@@ -55,6 +56,40 @@ def who(
     with _waiting("explaining", quiet=as_json):
         answer = ask_who(trail, receipt, explain=_explainer(trail, settings, record, examples))
     _show(answer, as_json, html, cpu_s=time.process_time() - started_s)
+
+
+def rows(
+    queries: Annotated[str, typer.Argument(metavar="SUITE", help="A suite file or a refined dataset.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="NAME, NAME@VERSION or digest.")],
+    examples: Annotated[int, typer.Option(min=1, help="Training rows listed.")] = 20,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Which training rows a whole query set's answers rest on: exact best over the adapter's gradient store."""
+    from attribution.influence.set_rows import rows_behind
+    from attribution.trail import Trail
+    from configs.schema import load_settings
+    from pipelines.audit.driver import ask_of_suite
+
+    settings = load_settings(config)
+    trail = Trail.open(create=False)
+    with _waiting("scoring", quiet=as_json):
+        asked = ask_of_suite(trail, queries, adapter=adapter)
+        found = rows_behind(
+            trail,
+            asked,
+            num_rows=examples,
+            resampling=_resampling(settings),
+            normalise=settings.attribution.normalise,
+        )
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        return
+    from cluster.commands.ask_tables import print_set_rows
+
+    print_set_rows(found)
 
 
 def improved(

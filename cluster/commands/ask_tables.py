@@ -12,6 +12,7 @@ from attribution.answers import PROMISES
 
 if TYPE_CHECKING:
     from attribution.answers import Answer, Finding
+    from attribution.influence.set_rows import SetRows
 
 BAR_WIDTH = 24
 MAX_ROW_CHARS = 110
@@ -137,6 +138,28 @@ def _examples_table(found: dict[str, Any]) -> Table:
         row = f"[dim]{escape(part['example_id'])}[/dim]\n{escape(text)}{verbatim}"
         table.add_row(str(number), f"{part['score']:+.2f}", interval, words, escape(part["name"]), row)
     return table
+
+
+def print_set_rows(found: "SetRows") -> None:
+    """Print the rows that a query set's answers rest on."""
+    table = Table(
+        "",
+        f"mean, {found.unit}",
+        f"{_heading(found.confidence)} over queries",
+        "BM25 place",
+        "contributor",
+        "row",
+        title=f"Rows behind {found.question} in {found.adapter_name}, best first",
+        title_justify="left",
+    )
+    for number, row in enumerate(found.rows, start=1):
+        said = f"[dim]{escape(row.example_id)}[/dim]\n{escape(_cut(' / '.join(row.text.split(chr(10)))))}"
+        interval = _bounds(row.low, row.high).strip(" []")
+        table.add_row(str(number), f"{row.score:+.4f}", interval, str(row.bm25_rank), escape(row.name), said)
+    console = Console()
+    console.print(table)
+    console.print(f"[dim]{found.num_queries} queries, {found.num_rows} rows. Method: {escape(found.method)}.[/dim]")
+    console.print(f"[dim]{found.caveat}.[/dim]")
 
 
 def _words_line(found: dict[str, Any]) -> str:

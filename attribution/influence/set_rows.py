@@ -1,0 +1,124 @@
+"""Which training rows the answers of a query set rest on: the explain tier's exact best over all of them at once."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from attribution.erasure import remaining
+from attribution.evidence import resampled_mean
+from attribution.influence.audit import Asked
+from attribution.influence.bm25 import WordMatches
+from attribution.influence.question import OpenStores, set_question
+from attribution.influence.rows import ShardsElsewhere
+from attribution.influence.store import Trace
+from attribution.influence.topk import top_of_set
+from attribution.influence.who import NO_TRACE, OTHER_WEIGHTS, ExplainError
+
+if TYPE_CHECKING:
+    from attribution.answers import Resampling
+    from attribution.influence.query import AdapterModels
+    from attribution.influence.scores import Normalise
+    from attribution.trail import Trail
+
+CAVEAT = "scores rank rows; they are no shares of a gain, and how firm one is is told over the queries only"
+
+
+@dataclass(frozen=True)
+class SetRow:
+    """A training row, its mean score over the queries with the interval (None for one query), and its place by BM25."""
+
+    example_id: str
+    contributor: str
+    name: str
+    score: float
+    low: float | None
+    high: float | None
+    bm25_rank: int
+    text: str
+
+
+@dataclass(frozen=True)
+class SetRows:
+    """The rows that score highest for a query set, of `num_rows` that the store holds."""
+
+    question: str
+    adapter: str
+    adapter_name: str
+    trace: str
+    num_queries: int
+    num_rows: int
+    method: str
+    unit: str
+    confidence: float
+    seed: int
+    rows: tuple[SetRow, ...]
+    caveat: str = CAVEAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def rows_behind(
+    trail: "Trail",
+    asked: Asked,
+    *,
+    num_rows: int,
+    resampling: "Resampling",
+    normalise: "Normalise" = "cosine",
+    models: "AdapterModels | None" = None,
+) -> SetRows:
+    """Return the `num_rows` training rows of the highest mean score over a query set's answers.
+
+    Raises:
+        ExplainError: the adapter has no trace, or its weights are not those of its trace.
+        GradientStoreError: its trace has no gradient store, or an altered one.
+        ShardsElsewhere: shards of it lie on other machines.
+    """
+    from attribution.influence.query import AdapterModels
+    from attribution.lineage import Lineage
+
+    models = models or AdapterModels()
+    digest = remaining(trail, str(trail.store.manifest(asked.adapter).meta.get("trace") or ""))
+    if not digest or not trail.store.has(digest):
+        raise ExplainError(f"adapter {asked.adapter_name}: {NO_TRACE}")
+    store, trace = OpenStores(trail).get(digest), Trace(trail.store.get_directory(digest, verify=False))
+    if elsewhere := [shard.name for shard in store.shards if not shard.is_here]:
+        raise ShardsElsewhere.of(digest, elsewhere)
+    base, adapter = (models.folder(trail.store, one) for one in (asked.base, asked.adapter))
+    if not models.is_own(trace, adapter):
+        raise ExplainError(f"adapter {asked.adapter_name}: {OTHER_WEIGHTS}")
+    queries = asked.question.queries
+    question = set_question(trace, store, queries, models=models, base=base, adapter=adapter, normalise=normalise)
+    hits, scores = top_of_set(store, question, k=num_rows)
+    words = WordMatches.of(trace.examples, _text(base, queries))
+    places = words.places({hit.example_id for hit in hits})
+    by_id, names = {one.example_id: one for one in trace.examples}, dict(Lineage(trail).contributor_names())
+    rows = []
+    for hit, of_queries in zip(hits, scores, strict=True):
+        example, spread = by_id[hit.example_id], resampled_mean(of_queries, **asdict(resampling))
+        low, high = (spread.low, spread.high) if len(of_queries) > 1 else (None, None)
+        name = names.get(example.contributor, example.contributor[:12])
+        place = places[hit.example_id][1]
+        rows.append(SetRow(hit.example_id, example.contributor, name, hit.score, low, high, place, example.text))
+    return SetRows(
+        asked.question.name,
+        asked.adapter,
+        asked.adapter_name,
+        digest,
+        len(queries),
+        len(store.ids()),
+        f"gradient-store/v1: exact over all rows, {store.preconditioner}, normalise={normalise}",
+        "cosines" if normalise == "cosine" else "nats",
+        resampling.confidence,
+        resampling.seed,
+        tuple(rows),
+    )
+
+
+def _text(base: Any, queries: "Sequence[Any]") -> str:
+    """Return what the queries say, for the word search beside the scores."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    return "\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in queries)
