@@ -33,11 +33,11 @@ class Found:
     scores: NDArray[np.float64]
     kind: Kind
     build_cpu_s: float = 0.0
-    build_epochs: float = 0.0
     query_cpu_s: float = 0.0
     bytes_per_example: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     version: str = "ours"
+    build_epochs: float = 0.0
 
 
 Method = Callable[[Lab], Found]
