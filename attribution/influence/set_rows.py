@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from attribution.erasure import remaining
 from attribution.evidence import resampled_mean
+from attribution.influence.answer import ExamplePart
 from attribution.influence.audit import Asked
 from attribution.influence.bm25 import WordMatches
 from attribution.influence.question import OpenStores, set_question
@@ -24,22 +25,11 @@ CAVEAT = "scores rank rows; they are no shares of a gain, and how firm one is is
 
 
 @dataclass(frozen=True)
-class SetRow:
-    """A training row, its mean score over the queries with the interval (None for one query), and its place by BM25."""
-
-    example_id: str
-    contributor: str
-    name: str
-    score: float
-    low: float | None
-    high: float | None
-    bm25_rank: int
-    text: str
-
-
-@dataclass(frozen=True)
 class SetRows:
-    """The rows that score highest for a query set, of `num_rows` that the store holds."""
+    """The rows of the highest mean score over a query set, of `num_rows` that the store holds.
+
+    Intervals are over the queries, None for one query.
+    """
 
     question: str
     adapter: str
@@ -51,7 +41,7 @@ class SetRows:
     unit: str
     confidence: float
     seed: int
-    rows: tuple[SetRow, ...]
+    rows: tuple[ExamplePart, ...]
     caveat: str = CAVEAT
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,9 +88,20 @@ def rows_behind(
     for hit, of_queries in zip(hits, scores, strict=True):
         example, spread = by_id[hit.example_id], resampled_mean(of_queries, **asdict(resampling))
         low, high = (spread.low, spread.high) if len(of_queries) > 1 else (None, None)
-        name = names.get(example.contributor, example.contributor[:12])
-        place = places[hit.example_id][1]
-        rows.append(SetRow(hit.example_id, example.contributor, name, hit.score, low, high, place, example.text))
+        name, (words_score, place) = names.get(example.contributor, example.contributor[:12]), places[hit.example_id]
+        rows.append(
+            ExamplePart(
+                hit.example_id,
+                example.contributor,
+                name,
+                hit.score,
+                low,
+                high,
+                example.text,
+                bm25=words_score,
+                bm25_rank=place,
+            )
+        )
     return SetRows(
         asked.question.name,
         asked.adapter,
