@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from attribution.influence.query import AdapterModels, Completion
+    from attribution.influence.residual import Residual
     from attribution.influence.store import TraceExample
     from attribution.influence.topk import Hit
     from attribution.records import Artefact
@@ -283,7 +284,16 @@ def _score(
     base, adapter = (models.folder(trail.store, subject.receipt[key]) for key in ("base", "adapter"))
     rows = rows_of(trace, verify=False)  # the store verified the trace's folder when it was opened
     query = models.features(subject.completion, rows, base=base, adapter=adapter, num_groups=settings.num_token_groups)
+    if residual := _residual(rows, settings):
+        # What many rows share would be earned by all who wrote some, and drown who supplied the fact.
+        query = residual.take_from(query)
     return _Scored(rows, score_parts(query, rows, normalise=settings.normalise))
+
+
+def _residual(rows: TraceRows | StoreRows, settings: ExplainSettings) -> "Residual | None":
+    """Return what a completion's gradients are cleared of: older stores, and nats, are answered as ever."""
+    is_cleared = settings.normalise == "cosine" and isinstance(rows, StoreRows) and rows.store.is_summed
+    return rows.store.residual if is_cleared and isinstance(rows, StoreRows) else None
 
 
 def _credited(
@@ -406,7 +416,8 @@ def _method(scored: _Scored, settings: ExplainSettings) -> str:
     num_checkpoints, num_groups, _ = scored.parts.shape
     return (
         f"tracin-lora/v1: {num_checkpoints} checkpoints, {scored.rows.description}, "
-        f"weighted by the recorded batches, normalise={settings.normalise}; "
+        f"weighted by the recorded batches, normalise={settings.normalise}"
+        f"{', cleared of what many rows share' if _residual(scored.rows, settings) else ''}; "
         f"Dirichlet bootstrap x{settings.num_bootstrap} over checkpoints and {num_groups} token groups"
     )
 
