@@ -16,9 +16,13 @@ from attribution.influence.topk import top_of_set
 from attribution.influence.who import NO_TRACE, OTHER_WEIGHTS, ExplainError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from attribution.answers import Resampling
     from attribution.influence.query import AdapterModels
     from attribution.influence.scores import Normalise
+    from attribution.influence.topk import Hit
     from attribution.trail import Trail
 
 CAVEAT = "scores rank rows; they are no shares of a gain, and how firm one is is told over the queries only"
@@ -66,7 +70,6 @@ def rows_behind(
         ShardsElsewhere: shards of it lie on other machines.
     """
     from attribution.influence.query import AdapterModels
-    from attribution.lineage import Lineage
 
     models = models or AdapterModels()
     digest = remaining(trail, str(trail.store.manifest(asked.adapter).meta.get("trace") or ""))
@@ -81,7 +84,34 @@ def rows_behind(
     queries = asked.question.queries
     question = set_question(trace, store, queries, models=models, base=base, adapter=adapter, normalise=normalise)
     hits, scores = top_of_set(store, question, k=num_rows)
-    words = WordMatches.of(trace.examples, _text(base, queries))
+    return SetRows(
+        asked.question.name,
+        asked.adapter,
+        asked.adapter_name,
+        digest,
+        len(queries),
+        len(store.ids()),
+        f"gradient-store/v1: exact over all rows, {store.preconditioner}, normalise={normalise}",
+        "cosines" if normalise == "cosine" else "nats",
+        resampling.confidence,
+        resampling.seed,
+        _parts(trail, trace, hits, scores, text=_text(base, queries), resampling=resampling),
+    )
+
+
+def _parts(
+    trail: "Trail",
+    trace: Trace,
+    hits: "Sequence[Hit]",
+    scores: "NDArray[np.float64]",
+    *,
+    text: str,
+    resampling: "Resampling",
+) -> tuple[ExamplePart, ...]:
+    """Return the rows hit, with each one's scores by query [k, q] and what word search for `text` says of it."""
+    from attribution.lineage import Lineage
+
+    words = WordMatches.of(trace.examples, text)
     places = words.places({hit.example_id for hit in hits})
     by_id, names = {one.example_id: one for one in trace.examples}, dict(Lineage(trail).contributor_names())
     rows = []
@@ -102,19 +132,7 @@ def rows_behind(
                 bm25_rank=place,
             )
         )
-    return SetRows(
-        asked.question.name,
-        asked.adapter,
-        asked.adapter_name,
-        digest,
-        len(queries),
-        len(store.ids()),
-        f"gradient-store/v1: exact over all rows, {store.preconditioner}, normalise={normalise}",
-        "cosines" if normalise == "cosine" else "nats",
-        resampling.confidence,
-        resampling.seed,
-        tuple(rows),
-    )
+    return tuple(rows)
 
 
 def _text(base: Any, queries: "Sequence[Any]") -> str:
