@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from attribution.erasure import remaining
 from attribution.evidence import resampled_mean
 from attribution.influence.answer import ExamplePart
@@ -11,15 +13,16 @@ from attribution.influence.audit import Asked
 from attribution.influence.bm25 import WordMatches
 from attribution.influence.question import OpenStores, set_question
 from attribution.influence.rows import ShardsElsewhere
+from attribution.influence.scores import TINY
 from attribution.influence.store import Trace
 from attribution.influence.topk import top_of_set
 from attribution.influence.who import NO_TRACE, OTHER_WEIGHTS, ExplainError
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from attribution.answers import Resampling
+    from attribution.influence.gradient_store import GradientStore
     from attribution.influence.query import AdapterModels
     from attribution.influence.scores import Normalise
     from attribution.influence.topk import Hit
@@ -84,6 +87,8 @@ def rows_behind(
     queries = asked.question.queries
     question = set_question(trace, store, queries, models=models, base=base, adapter=adapter, normalise=normalise)
     hits, scores = top_of_set(store, question, k=num_rows)
+    if normalise == "cosine":  # the mean row's exposure is 1, so that a score is a cosine of such a row
+        scores = scores / max(_mean_exposure(store), TINY)
     return SetRows(
         asked.question.name,
         asked.adapter,
@@ -92,7 +97,7 @@ def rows_behind(
         len(queries),
         len(store.ids()),
         f"gradient-store/v1: exact over all rows, {store.preconditioner}, normalise={normalise}",
-        "cosines" if normalise == "cosine" else "nats",
+        "cosine" if normalise == "cosine" else "nats",
         resampling.confidence,
         resampling.seed,
         _parts(trail, trace, hits, scores, text=_text(base, queries), resampling=resampling),
@@ -124,7 +129,7 @@ def _parts(
                 hit.example_id,
                 example.contributor,
                 name,
-                hit.score,
+                spread.value,
                 low,
                 high,
                 example.text,
@@ -133,6 +138,10 @@ def _parts(
             )
         )
     return tuple(rows)
+
+
+def _mean_exposure(store: "GradientStore") -> float:
+    return float(np.concatenate([shard.weights[shard.live].sum(axis=1) for shard in store.shards]).mean())
 
 
 def _text(base: Any, queries: "Sequence[Any]") -> str:

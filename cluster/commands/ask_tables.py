@@ -154,8 +154,8 @@ def print_set_rows(found: "SetRows") -> None:
     )
     for number, row in enumerate(found.rows, start=1):
         said = f"[dim]{escape(row.example_id)}[/dim]\n{escape(_cut(' / '.join(row.text.split(chr(10)))))}"
-        interval = _bounds(row.low, row.high).strip(" []")
-        table.add_row(str(number), f"{row.score:+.4f}", interval, str(row.bm25_rank), escape(row.name), said)
+        interval = "" if row.low is None or row.high is None else f"{row.low:+.3f}, {row.high:+.3f}"
+        table.add_row(str(number), f"{row.score:+.3f}", interval, str(row.bm25_rank), escape(row.name), said)
     console = Console()
     console.print(table)
     console.print(f"[dim]{found.num_queries} queries, {found.num_rows} rows. Method: {escape(found.method)}.[/dim]")

@@ -45,6 +45,9 @@ def test_a_set_scores_the_mean_of_what_its_queries_score_alone(home: PlantedHome
         for hit in top_examples(stores.get(one.trace), one.asked, k=1000)[0]:
             scores.setdefault(hit.example_id, []).append(hit.score)
     assert len(found.rows) == found.num_rows == len(scores)
+    shards = stores.get(found.trace).shards
+    mean_exposure = np.concatenate([shard.weights[shard.live].sum(axis=1) for shard in shards]).mean()
+    scores = {name: [score / mean_exposure for score in each] for name, each in scores.items()}
     for row in found.rows:
         assert row.score == pytest.approx(np.mean(scores[row.example_id]), abs=1e-5)
         assert row.low is not None and row.high is not None
