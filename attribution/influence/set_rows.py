@@ -87,7 +87,7 @@ def rows_behind(
     queries = asked.question.queries
     question = set_question(trace, store, queries, models=models, base=base, adapter=adapter, normalise=normalise)
     hits, scores = top_of_set(store, question, k=num_rows)
-    if normalise == "cosine":  # the mean row's exposure is 1, so that a score is a cosine of such a row
+    if normalise == "cosine":  # without a unit, since lengths are plain gradients'; made readable
         scores = scores / max(_mean_exposure(store), TINY)
     return SetRows(
         asked.question.name,
@@ -97,7 +97,7 @@ def rows_behind(
         len(queries),
         len(store.ids()),
         f"gradient-store/v1: exact over all rows, {store.preconditioner}, normalise={normalise}",
-        "cosine" if normalise == "cosine" else "nats",
+        "score" if normalise == "cosine" else "nats",
         resampling.confidence,
         resampling.seed,
         _parts(trail, trace, hits, scores, text=_text(base, queries), resampling=resampling),
