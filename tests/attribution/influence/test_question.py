@@ -12,10 +12,11 @@ from attribution.influence.ekfac import CodecSettings
 from attribution.influence.gradient_store import GradientStore, GradientStoreError
 from attribution.influence.query import AdapterModels
 from attribution.influence.question import OpenStores, asked_of_all, asked_views, question_of
-from attribution.influence.rows import STORE_FOLDER
-from attribution.influence.scores import Normalise
+from attribution.influence.rows import STORE_FOLDER, StoreRows
+from attribution.influence.scores import Normalise, score_parts
+from attribution.influence.store import Trace
 from attribution.influence.topk import top_examples
-from attribution.influence.who import ExplainError, explain
+from attribution.influence.who import ExplainError, ExplainSettings, explain, subject_of
 from attribution.receipts import append_completions, new_receipt_id
 from attribution.trail import Trail
 from tests.attribution.influence.planted import FACTS, Planted, with_store
@@ -49,6 +50,28 @@ def test_the_row_behind_each_answer_is_among_the_best(stored_home: PlantedHome, 
             assert top_examples(stores.get(again.trace), again.asked, k=2)[0] == hits
             first[question] = f"{owner[0]}-{index}" in {hit.example_id for hit in hits}
     assert sum(first.values()) >= 5, first
+
+
+@pytest.mark.parametrize("normalise", ["cosine", "none"])
+def test_who_clears_an_answer_of_what_many_rows_share(
+    stored_home: PlantedHome, models: AdapterModels, normalise: Normalise
+) -> None:
+    """Contributors' scores are those of the cleared gradients, made here by hand; nats are left as they are."""
+    trail, receipt_id = stored_home.trail, stored_home.receipts[QUESTION]
+    subject = subject_of(trail, receipt_id)
+    base, adapter = (trail.store.get_directory(subject.receipt[key]) for key in ("base", "adapter"))
+    found = explain(trail, receipt_id, ExplainSettings(normalise=normalise, num_token_groups=2), models=models)
+    digest = str(trail.store.manifest(subject.receipt["adapter"]).meta["trace"])
+    rows = StoreRows(Trace(trail.store.get_directory(digest)), OpenStores(trail).get(digest))
+    query = models.features(subject.completion, rows, base=base, adapter=adapter, num_groups=2)
+    assert rows.store.residual is not None
+    cleared = rows.store.residual.take_from(query)
+    assert np.linalg.norm(query - cleared) > 0.05 * np.linalg.norm(query)
+    parts = score_parts(cleared if normalise == "cosine" else query, rows, normalise=normalise)
+    owners = np.array([example.contributor for example in rows.trace.examples])
+    for part in found.contributors:
+        assert part.score == pytest.approx(parts.sum(axis=(0, 1))[owners == part.key_id].sum(), rel=1e-4)
+    assert ("cleared" in found.method) == (normalise == "cosine")
 
 
 @pytest.mark.parametrize("normalise", ["cosine", "none"])
