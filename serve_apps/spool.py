@@ -122,8 +122,10 @@ class Spool:
     def open_segment(self, owner: str) -> Segment:
         """Start a segment, readable by its owner only: it holds prompts."""
         path = self._folder / f"{owner}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        nameless = path.with_suffix(".new")  # until it is locked nobody may take it for an orphan
+        descriptor = os.open(nameless, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        nameless.rename(path)
         return Segment(path, descriptor)
 
     def refuse(self, row: SpooledRow) -> Path:

@@ -1,5 +1,6 @@
 """No receipt is lost: not when the log is away, not when a process dies, and none is recorded twice."""
 
+import fcntl
 import os
 import resource
 import signal
@@ -121,6 +122,22 @@ def test_a_failing_log_is_tried_again_and_a_lost_reply_does_not_double(
     assert receipts.flush(20)
     assert log.receipts == [row(1).receipt_id, row(2).receipt_id]
     receipts.close()
+
+
+def test_a_segment_is_nobodys_orphan_before_it_is_locked(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks for orphans between its creation and its lock took the lock, and the answer's receipt failed."""
+    real, seen = fcntl.flock, []
+
+    def look_first(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        seen.extend(spool.orphans())
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", look_first)
+    segment = spool.open_segment("r")
+    assert seen == [] and segment.path.exists() and list(spool.orphans()) == []
+    segment.discard()
+    assert files(spool) == []
 
 
 def test_what_the_log_did_not_take_waits_on_disk_for_the_next_start(spool: Spool) -> None:
